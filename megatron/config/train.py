@@ -1,0 +1,22 @@
+"""The `train` section: how long, in which batches, in which precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.config.key import key
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop. Batches are counted in sequences."""
+
+    steps: int = key(100, "Step at which the run ends, counted from the very first start.", minimum=1)
+    global_batch: int = key(8, "Sequences per step over all ranks.", minimum=1)
+    micro_batch: int = key(1, "Sequences that a rank computes at a time.", minimum=1)
+    precision: Literal["bf16", "fp32", "fp64"] = key(
+        "bf16", "Type of weights and activations; under `bf16` gradients, masters and moments are float32."
+    )
+    seed: int = key(1234, "Seed of random initial weights.", minimum=0, maximum=2**32 - 1)
+    deterministic: bool = key(False, "Use only algorithms that give the same bits each time (slower on a GPU).")

@@ -1,0 +1,77 @@
+"""Files that are whole or not there: atomic writes, durable folders, checksums.
+
+It must not know what the files hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+from megatron.utils.errors import ConfigError
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that readers see whole or not at all, and that survives a power cut once this returns.
+
+    The content (text becomes UTF-8) goes to a temporary file in the same folder, which is flushed to the disk and then
+    renamed over `path`. Raises OSError as the file system does; the old file, if any, is then untouched.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one worth telling
+            temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_file(path: Path) -> None:
+    """Have the content of a file that was written and closed on the disk."""
+    _fsync(path, os.O_RDONLY)
+
+
+def fsync_folder(path: Path) -> None:
+    """Have a folder's list of names (after a creation or a rename) on the disk."""
+    _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def ensure_writable_folder(path: Path, purpose: str) -> None:
+    """Create a folder, with its parents, and show that files can be written there.
+
+    `purpose` names it for the user (`checkpoint.save`, `log.dir`). Raises ConfigError with the path, the reason and the
+    cure. Permission bits lie for root and for network file systems, so a file is in fact written and removed.
+    """
+    probe = path / f".writable.{secrets.token_hex(4)}.tmp"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{purpose}: cannot write in the folder {path} ({error.strerror or error}); "
+            "name a folder that this user can create and write"
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

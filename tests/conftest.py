@@ -1,10 +1,14 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use, and the rule that no test talks to the network."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Set at import, before any test module imports transformers; inherited by the processes that tests start.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline")
 
 
 @pytest.fixture(scope="session")

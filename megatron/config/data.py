@@ -28,8 +28,8 @@ class DataConfig:
     )
     order: Literal["megatron", "stable"] = key(
         "megatron",
-        "Order of the samples: `megatron` is exactly that of Megatron's GPT dataset; `stable` is a keyed permutation that "
-        "stays the same when the run is extended.",
+        "Order of the samples: `megatron` is exactly that of Megatron's GPT dataset; `stable` is a keyed permutation "
+        "that stays the same when the run is extended.",
     )
     seed: int = key(1234, "Seed of the order of the samples.", minimum=0, maximum=2**32 - 1)
     samples: int | None = key(

@@ -1,0 +1,1 @@
+"""Parallelism: the mesh of ranks, collectives, parallel layers, gradient buckets and the pipeline."""

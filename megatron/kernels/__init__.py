@@ -1,0 +1,1 @@
+"""One module per fused operation. These know tensors only: no process groups, no model."""

@@ -1,0 +1,12 @@
+"""The gated activation of Llama's feed-forward block (Shazeer, 2020)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [..., 2f], gate first → silu(gate) · up [..., f]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,78 @@
+"""Causal self-attention with grouped key/value heads (Ainslie et al., 2023), one rank's share of the heads."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron.kernels.rotary import apply_rotary
+from megatron.model.config import ModelConfig
+from megatron.parallel.layers import ShardedParameter, column_linear, row_linear
+from megatron.parallel.layout import Piece, Region, ShardSpec
+from megatron.parallel.mesh import ParallelContext
+
+
+class Attention(nn.Module):
+    """Query, key and value from one fused product; rotary; scaled dot product; output product.
+
+    The fused weight holds this rank's query rows, then its key rows, then its value rows.
+    """
+
+    def __init__(
+        self, config: ModelConfig, context: ParallelContext, prefix: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads // context.tp.size
+        self.num_key_value_heads = max(1, config.num_key_value_heads // context.tp.size)
+        qkv, output = attention_specs(config, context, prefix)
+        self.qkv = ShardedParameter.create(torch.empty(qkv.shape, dtype=dtype, device=device), qkv)
+        self.output = ShardedParameter.create(torch.empty(output.shape, dtype=dtype, device=device), output)
+
+    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same; cos and sin [s, 1, 1, d]."""
+        fused = column_linear(hidden, self.qkv, self.context)  # [s, b, (heads + 2 kv)/tp · d]
+        sequence_length, batch, _ = fused.shape
+        heads = fused.view(sequence_length, batch, -1, self.head_dim)
+        query, key, value = heads.split([self.num_heads, self.num_key_value_heads, self.num_key_value_heads], dim=2)
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        mixed = F.scaled_dot_product_attention(  # [b, heads/tp, s, d]
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            is_causal=True,
+            enable_gqa=self.num_heads != self.num_key_value_heads,
+        )
+        mixed = mixed.permute(2, 0, 1, 3).reshape(sequence_length, batch, -1)
+        return row_linear(mixed, self.output, self.context)
+
+
+def attention_specs(config: ModelConfig, context: ParallelContext, prefix: str) -> tuple[ShardSpec, ShardSpec]:
+    """(fused qkv, output) of one layer on this rank; `prefix` is as `model.layers.3.self_attn`.
+
+    With more tensor ranks than key/value heads each head is copied to `kv.size` ranks, whose gradients are parts:
+    each comes from that rank's query heads alone.
+    """
+    tp, kv, d, hidden = context.tp, context.kv, config.head_dim, config.hidden_size
+    query_rows = config.num_attention_heads // tp.size * d
+    key_rows = max(1, config.num_key_value_heads // tp.size) * d
+    key_start = tp.rank // kv.size * key_rows
+    all_keys = config.num_key_value_heads * d
+    all_queries = config.num_attention_heads * d
+    copy = {"copy_axis": "kv", "copy_rank": kv.rank, "partial": True} if kv.size > 1 else {}
+    pieces = [
+        Piece(
+            Region(
+                f"{prefix}.q_proj.weight", (all_queries, hidden), (tp.rank * query_rows, 0), (query_rows, hidden)
+            ),
+            (0, 0),
+        )
+    ]
+    for at, name in enumerate(("k_proj", "v_proj")):
+        region = Region(f"{prefix}.{name}.weight", (all_keys, hidden), (key_start, 0), (key_rows, hidden))
+        pieces.append(Piece(region, (query_rows + at * key_rows, 0), **copy))
+    qkv = ShardSpec((query_rows + 2 * key_rows, hidden), tuple(pieces))
+    output = Region(f"{prefix}.o_proj.weight", (hidden, all_queries), (0, tp.rank * query_rows), (hidden, query_rows))
+    return qkv, ShardSpec((hidden, query_rows), (Piece(output, (0, 0)),))

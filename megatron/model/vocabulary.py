@@ -1,0 +1,78 @@
+"""The two layers over the vocabulary: the embedding of the first stage and the output product of the last."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron.model.config import ModelConfig
+from megatron.parallel.layers import ShardedParameter, column_linear, vocabulary_embedding
+from megatron.parallel.layout import Piece, Region, ShardSpec
+from megatron.parallel.mesh import ParallelContext
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+class Embedding(nn.Module):
+    """Rows of this rank's share of the vocabulary. `uses` is 2 where the output product shares the weight."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        context: ParallelContext,
+        dtype: torch.dtype,
+        device: torch.device,
+        uses: int = 1,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        spec = vocabulary_spec(config, context, EMBEDDING)
+        self.weight = ShardedParameter.create(torch.empty(spec.shape, dtype=dtype, device=device), spec, uses)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [s, b] → [s, b, h], or [s/tp, b, h] under sequence parallelism."""
+        return vocabulary_embedding(tokens, self.weight, self.context)
+
+
+class Head(nn.Module):
+    """The output product over this rank's share of the vocabulary; `weight` is the embedding's where they are tied."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        context: ParallelContext,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight: ShardedParameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        if weight is None:
+            name = EMBEDDING if config.tie_word_embeddings else HEAD
+            spec = vocabulary_spec(config, context, name)
+            weight = ShardedParameter.create(torch.empty(spec.shape, dtype=dtype, device=device), spec)
+        self.weight = weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → logits [s, b, padded vocabulary/tp]."""
+        return column_linear(hidden, self.weight, self.context)
+
+
+def vocabulary_spec(config: ModelConfig, context: ParallelContext, name: str) -> ShardSpec:
+    """This rank's rows of the embedding or head `name`, padding rows last.
+
+    A tied embedding on two stages is a copy over `embed`; its gradients there come from different uses, so are parts.
+    """
+    share = config.padded_vocab_size(context.tp.size) // context.tp.size
+    first = context.tp.rank * share
+    rows = min(max(config.vocab_size - first, 0), share)
+    shape = (share, config.hidden_size)
+    if rows == 0:
+        return ShardSpec(shape, ())
+    region = Region(name, (config.vocab_size, config.hidden_size), (first, 0), (rows, config.hidden_size))
+    if config.tie_word_embeddings and context.embed.size > 1:
+        piece = Piece(region, (0, 0), copy_axis="embed", copy_rank=context.embed.rank, partial=True)
+    else:
+        piece = Piece(region, (0, 0))
+    return ShardSpec(shape, (piece,))

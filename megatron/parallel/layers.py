@@ -1,0 +1,123 @@
+"""Linear and embedding layers cut over the tensor axis (Shoeybi et al., 2019), with sequence parallelism
+(Korthikanti et al., 2022).
+
+A column-parallel layer holds a share of the output features, a row-parallel layer a share of the input features, a
+vocabulary-parallel embedding a share of the rows. Under sequence parallelism the activations between them are split along the
+sequence, [s/tp, b, h]; column layers gather them and row layers scatter them again. At size 1 each is the plain layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+
+from megatron.parallel.collectives import (
+    Done,
+    all_gather,
+    reduce_activations,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
+from megatron.parallel.layout import ShardSpec
+from megatron.parallel.mesh import Axis, ParallelContext
+from megatron.parallel.weight_gradient import embedding_weight_gradient, linear_weight_gradient
+
+
+class ShardedParameter(nn.Parameter):
+    """A parameter that knows which canonical regions it holds, and how often one forward pass uses it."""
+
+    spec: ShardSpec
+    uses: int
+
+    @staticmethod
+    def create(data: torch.Tensor, spec: ShardSpec, uses: int = 1) -> ShardedParameter:
+        """Wrap a tensor of the spec's shape."""
+        assert tuple(data.shape) == spec.shape, (data.shape, spec.shape)
+        parameter = ShardedParameter(data)
+        parameter.spec, parameter.uses = spec, uses
+        return parameter
+
+
+class _ColumnLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence: bool) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.tp, ctx.sequence = tp, sequence
+        return F.linear(all_gather(inputs, tp) if sequence else inputs, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        # Only the share was kept: gather the inputs anew behind the product that gives their gradient, then
+        # reduce that gradient behind the product that gives the weight's.
+        gathered, gathering = start_all_gather(inputs, ctx.tp) if ctx.sequence else (inputs, Done())
+        grad_inputs = grad_output @ weight
+        if ctx.sequence:
+            grad_inputs, reducing = start_reduce_scatter(grad_inputs, ctx.tp)
+        else:
+            reducing = start_all_reduce(grad_inputs, ctx.tp)
+        gathering.wait()
+        grad_weight = linear_weight_gradient(weight, grad_output, gathered)
+        reducing.wait()
+        return grad_inputs, grad_weight, None, None
+
+
+class _RowLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence: bool) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.tp, ctx.sequence = tp, sequence
+        return reduce_activations(F.linear(inputs, weight), tp, sequence)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        if ctx.sequence:
+            grad_output = all_gather(grad_output, ctx.tp)
+        return grad_output @ weight, linear_weight_gradient(weight, grad_output, inputs), None, None
+
+
+class _VocabularyEmbedding(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence: bool
+    ) -> torch.Tensor:
+        rows = tokens - tp.rank * weight.shape[0]
+        elsewhere = (rows < 0) | (rows >= weight.shape[0]) if tp.size > 1 else None
+        if elsewhere is not None:
+            rows = rows.masked_fill(elsewhere, 0)
+        output = F.embedding(rows, weight)
+        if elsewhere is not None:
+            output.masked_fill_(elsewhere.unsqueeze(-1), 0.0)
+        ctx.save_for_backward(rows, elsewhere, weight)
+        ctx.tp, ctx.sequence = tp, sequence
+        return reduce_activations(output, tp, sequence)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, elsewhere, weight = ctx.saved_tensors
+        if ctx.sequence:
+            grad_output = all_gather(grad_output, ctx.tp)
+        if elsewhere is not None:
+            grad_output = grad_output.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return None, embedding_weight_gradient(weight, rows, grad_output), None, None
+
+
+def column_linear(inputs: torch.Tensor, weight: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    """inputs [s, b, in] ([s/tp, b, in] under sequence parallelism) · weightᵀ [out/tp, in] → [s, b, out/tp]."""
+    return _ColumnLinear.apply(inputs, weight, context.tp, context.sequence)
+
+
+def row_linear(inputs: torch.Tensor, weight: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    """inputs [s, b, in/tp] · weightᵀ [out, in/tp], summed over tp → [s, b, out], or [s/tp, b, out]."""
+    return _RowLinear.apply(inputs, weight, context.tp, context.sequence)
+
+
+def vocabulary_embedding(tokens: torch.Tensor, weight: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    """tokens [s, b], weight [vocabulary/tp, h] → [s, b, h], or [s/tp, b, h] under sequence parallelism."""
+    return _VocabularyEmbedding.apply(tokens, weight, context.tp, context.sequence)

@@ -1,0 +1,183 @@
+"""The mesh: who this rank is on each axis, and with whom it communicates.
+
+Rank order, fastest first: tensor, data, pipeline (Megatron's). A `ParallelContext` is made once and handed down;
+there is no module-level state, and two contexts can live in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron.parallel.communicator import Communicator, new_communicator
+from megatron.utils.errors import ConfigError
+
+MakeCommunicator = Callable[[tuple[int, ...]], Communicator]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a world of ranks is cut: the sizes of the tensor, data and pipeline axes."""
+
+    tensor: int = 1
+    data: int = 1
+    pipeline: int = 1
+
+    @classmethod
+    def of_world(cls, world_size: int, tensor: int, pipeline: int) -> Grid:
+        """The grid on `world_size` ranks; the data axis gets what is left. Raises ConfigError if nothing fits."""
+        if world_size % (tensor * pipeline):
+            raise ConfigError(
+                f"{world_size} processes cannot be cut into tensor={tensor} x pipeline={pipeline} = {tensor * pipeline}; "
+                f"start a multiple of {tensor * pipeline} processes or change parallel.tensor and parallel.pipeline."
+            )
+        return cls(tensor, world_size // (tensor * pipeline), pipeline)
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.data * self.pipeline
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(tensor, data, pipeline) coordinates of a global rank."""
+        rest, tensor = divmod(rank, self.tensor)
+        pipeline, data = divmod(rest, self.data)
+        return tensor, data, pipeline
+
+    def rank(self, tensor: int, data: int, pipeline: int) -> int:
+        """The global rank at these coordinates."""
+        return (pipeline * self.data + data) * self.tensor + tensor
+
+    def groups(self, *along: str) -> list[tuple[int, ...]]:
+        """All groups of ranks that differ only along the named axes, each in rank order."""
+        sizes = {"tensor": self.tensor, "data": self.data, "pipeline": self.pipeline}
+        assert set(along) <= set(sizes), along
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            fixed = tuple(
+                at for name, at in zip(sizes, self.coordinates(rank), strict=True) if name not in along
+            )
+            groups.setdefault(fixed, []).append(rank)
+        return [tuple(group) for group in groups.values()]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One group of ranks as this rank sees it: its index `rank` among `size`, the global `ranks`, the communicator.
+
+    An axis of size 1 needs no communicator: its collectives are the identity. An axis without communicator and of
+    larger size only describes (parameter layouts, plans) and cannot communicate.
+    """
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    ranks: tuple[int, ...] = (0,)
+    communicator: Communicator | None = None
+
+    @property
+    def comm(self) -> Communicator:
+        assert self.communicator is not None, f"axis {self.name} of size {self.size} has no communicator"
+        return self.communicator
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """The axes, by what they are for.
+
+    tp: shares of every layer; pp: stages; data: who reads which samples; grad: over whom gradients are summed;
+    model: over whom norms are summed; loss: over whom loss sums and token counts are summed (all but tensor);
+    embed: first and last stage, which both hold a tied embedding; kv: tensor ranks that hold the same key/value head;
+    forward, backward: the pipeline again, one communicator for each direction of messages; world: everybody.
+    `sequence` tells whether activations between blocks are split along the sequence over tp.
+    """
+
+    grid: Grid
+    rank: int
+    tp: Axis
+    pp: Axis
+    data: Axis
+    grad: Axis
+    model: Axis
+    loss: Axis
+    embed: Axis
+    kv: Axis
+    forward: Axis
+    backward: Axis
+    world: Axis
+    sequence: bool = False
+
+    def axis(self, name: str) -> Axis:
+        """The axis with this field name (as a `Piece.copy_axis` holds it)."""
+        return getattr(self, name)
+
+
+def single_rank() -> ParallelContext:
+    """The context of one process alone."""
+    return describe(Grid(), 0)
+
+
+def describe(grid: Grid, rank: int, *, sequence: bool = False, num_key_value_heads: int | None = None) -> ParallelContext:
+    """The context of any rank of any grid, without communicators: for layouts and plans."""
+    return _build(grid, rank, sequence, num_key_value_heads, None)
+
+
+def connect(
+    grid: Grid,
+    rank: int,
+    *,
+    sequence: bool = False,
+    num_key_value_heads: int | None = None,
+    timeout_s: float = 1800.0,
+    make: MakeCommunicator | None = None,
+) -> ParallelContext:
+    """The context of this rank with its process groups; all ranks of an initialised world call it together.
+
+    `make` makes the communicator of one group (tests pass a stricter one).
+    """
+    return _build(
+        grid, rank, sequence, num_key_value_heads, make or (lambda ranks: new_communicator(ranks, timeout_s))
+    )
+
+
+def key_value_copies(tensor: int, num_key_value_heads: int | None) -> int:
+    """On how many tensor ranks each key/value head lives. Raises ConfigError where heads cannot be dealt out."""
+    heads = num_key_value_heads or tensor
+    if tensor % heads and heads % tensor:
+        raise ConfigError(
+            f"num_key_value_heads={heads} can neither be split over nor copied to parallel.tensor={tensor} ranks alike; "
+            f"one must divide the other: use {', '.join(str(n) for n in range(1, 65) if n % heads == 0 or heads % n == 0)}."
+        )
+    return max(1, tensor // heads)
+
+
+def _build(
+    grid: Grid, rank: int, sequence: bool, num_key_value_heads: int | None, make: MakeCommunicator | None
+) -> ParallelContext:
+    copies = key_value_copies(grid.tensor, num_key_value_heads)
+    pipelines = grid.groups("pipeline")
+    tensor_groups = grid.groups("tensor")
+    members: dict[str, list[tuple[int, ...]]] = {
+        "tp": tensor_groups,
+        "pp": pipelines,
+        "data": grid.groups("data"),
+        "model": grid.groups("tensor", "pipeline"),
+        "loss": grid.groups("data", "pipeline"),
+        "embed": [(group[0], group[-1]) if grid.pipeline > 1 else group for group in pipelines],
+        "kv": [group[at : at + copies] for group in tensor_groups for at in range(0, grid.tensor, copies)],
+        "forward": pipelines,
+        "backward": pipelines,
+        "world": grid.groups("tensor", "data", "pipeline"),
+    }
+    axes = {name: _axis(name, groups, rank, make) for name, groups in members.items()}
+    # Gradients are summed over the ranks that read different samples; context parallelism would widen this axis.
+    return ParallelContext(grid=grid, rank=rank, sequence=sequence and grid.tensor > 1, grad=axes["data"], **axes)
+
+
+def _axis(name: str, groups: list[tuple[int, ...]], rank: int, make: MakeCommunicator | None) -> Axis:
+    """This rank's axis among `groups`; every rank makes all groups in the same order, as process groups require."""
+    mine = Axis(name, 0, 1, (rank,))
+    for group in groups:
+        communicator = make(group) if make is not None and len(group) > 1 else None
+        if rank in group:
+            mine = Axis(name, group.index(rank), len(group), group, communicator)
+    return mine

@@ -1,0 +1,74 @@
+"""Where weight gradients go.
+
+A layer computes its own weight gradient in its backward formula. Where the parameter has a `GradientSink` (a view of a
+flat bucket of at least float32) it adds the gradient there, reports it, and hands autograd `None`; else autograd
+gets the gradient as usual. So accumulation, overlap with communication and a deferred weight step are one path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_SINK = "gradient_sink"
+
+
+class GradientSink:
+    """A parameter's place in a gradient bucket: `buffer` has its shape, `report` is told after each addition."""
+
+    def __init__(self, buffer: torch.Tensor, report: Callable[[], None]) -> None:
+        self.buffer = buffer
+        self.report = report
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add a gradient of the parameter's shape."""
+        self.buffer.add_(gradient)
+        self.report()
+
+    def add_product(self, grad_output: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add grad_outputᵀ [n, out] · inputs [n, in]."""
+        if self.buffer.dtype == inputs.dtype:
+            self.buffer.addmm_(grad_output.t(), inputs)
+        else:
+            self.buffer.add_(grad_output.t() @ inputs)
+        self.report()
+
+    def add_rows(self, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add gradient [n, h] to the rows with these indices [n]."""
+        self.buffer.index_add_(0, rows, gradient.to(self.buffer.dtype))
+        self.report()
+
+
+def attach_sink(parameter: torch.nn.Parameter, sink: GradientSink) -> None:
+    """From now on the parameter's gradient goes to `sink`."""
+    setattr(parameter, _SINK, sink)
+
+
+def sink_of(parameter: torch.Tensor) -> GradientSink | None:
+    """The parameter's sink, if it has one."""
+    return getattr(parameter, _SINK, None)
+
+
+def linear_weight_gradient(
+    weight: torch.Tensor, grad_output: torch.Tensor, inputs: torch.Tensor
+) -> torch.Tensor | None:
+    """Gradient of `weight` [out, in] from grad_output [..., out] and inputs [..., in]: to its sink, else returned."""
+    grad_output, inputs = grad_output.flatten(0, -2), inputs.flatten(0, -2)
+    sink = sink_of(weight)
+    if sink is None:
+        return grad_output.t() @ inputs
+    sink.add_product(grad_output, inputs)
+    return None
+
+
+def embedding_weight_gradient(
+    weight: torch.Tensor, rows: torch.Tensor, grad_output: torch.Tensor
+) -> torch.Tensor | None:
+    """Gradient of an embedding [v, h] from grad_output [..., h] at rows [...]: to its sink, else returned."""
+    rows, grad_output = rows.flatten(), grad_output.flatten(0, -2)
+    sink = sink_of(weight)
+    if sink is None:
+        return torch.zeros_like(weight).index_add_(0, rows, grad_output)
+    sink.add_rows(rows, grad_output)
+    return None

@@ -1,0 +1,63 @@
+"""The one module that answers for the device: which it is, its peaks, its memory, its seeds.
+
+Nothing else below `train` asks `torch.cuda` directly, so that the same program runs on the CPU and on fake tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Dense bf16 peaks of the data sheets, in FLOP/s; more specific names first.
+_PEAK_FLOPS_BF16 = (
+    ("H100 PCIe", 756e12),
+    ("H200", 989.4e12),
+    ("H100", 989.4e12),
+    ("A100", 312e12),
+)
+
+
+def local_device(local_rank: int) -> torch.device:
+    """The device of the process with this local rank: its GPU where there are any, else the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def communication_backend(device: torch.device) -> str:
+    """The `torch.distributed` backend for tensors on `device`."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense matrix-product peak of one device, or None where it is not known (a CPU, another GPU, another dtype)."""
+    if device.type != "cuda" or dtype is not torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _PEAK_FLOPS_BF16 if known in name), None)
+
+
+def memory_report(device: torch.device) -> str:
+    """Memory figures of the device for an error message."""
+    if device.type != "cuda":
+        return "no figures for a CPU"
+    gib = 2**30
+    free, total = torch.cuda.mem_get_info(device)
+    return (
+        f"{torch.cuda.memory_allocated(device) / gib:.1f} GiB allocated (peak "
+        f"{torch.cuda.max_memory_allocated(device) / gib:.1f}), {torch.cuda.memory_reserved(device) / gib:.1f} GiB reserved, "
+        f"{free / gib:.1f} of {total / gib:.1f} GiB free"
+    )
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed torch's generators; with `deterministic`, refuse operations whose result may differ between runs."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it (a CPU always has)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

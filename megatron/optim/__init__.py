@@ -1,0 +1,1 @@
+"""The optimizer: AdamW on flat ranges, gradient clipping and learning-rate schedules."""

@@ -1,0 +1,34 @@
+"""Seeded random tokens: data for speed tests, where reading a corpus would be in the way."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.dataset import ENDLESS
+
+
+class SyntheticDataset:
+    """Uniformly random tokens; sample i is a pure function of (seed, stream, i). Endless.
+
+    `stream` tells training (0) from validation (1). Only numpy's raw Philox output is used, which, unlike the
+    distributions built on it, is the same in every numpy release.
+    """
+
+    def __init__(self, *, vocab_size: int, sequence_length: int, seed: int, stream: int = 0) -> None:
+        self._vocab_size = vocab_size
+        self._sequence_length = sequence_length
+        self._key = np.array([seed, stream], dtype=np.uint64)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def sample(self, index: int) -> NDArray[np.int64]:
+        """Sample `index`."""
+        # The counter's low word counts blocks within a sample, the next one is the sample.
+        generator = np.random.Philox(key=self._key, counter=np.array([0, index, 0, 0], dtype=np.uint64))
+        words: NDArray[np.uint64] = generator.random_raw(self._sequence_length + 1)
+        return (words % np.uint64(self._vocab_size)).astype(np.int64)
+
+    def source(self, index: int) -> str:
+        return f"synthetic data (seed {self._key[0]})"

@@ -1,0 +1,1 @@
+"""Weights and training state on disk: reading, saving, resharding and converting them."""

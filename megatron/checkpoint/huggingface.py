@@ -1,0 +1,128 @@
+"""Hugging Face model folders: where their tensors are, and how to write one's index and configuration.
+
+It knows `model.safetensors`, `model.safetensors.index.json` and `config.json`, and must not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.index import StoredPiece, StoredTensor
+from megatron.checkpoint.safetensors_file import SafetensorsReader
+from megatron.parallel.layout import Region
+from megatron.utils.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"
+MODEL_CONFIG = "config.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether the folder holds weights in a form that `index_huggingface` reads."""
+    return (folder / SINGLE).exists() or (folder / SHARD_INDEX).exists()
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise CheckpointError where a folder holds its weights as pickles only."""
+    found = [name for name in _PICKLES if (folder / name).exists()]
+    if found:
+        raise CheckpointError(
+            f"{folder} holds its weights as {found[0]}, a pickle, which can run code when it is opened and is never "
+            "read here. Convert it once where you trust it: transformers' from_pretrained, then save_pretrained, "
+            f"writes {SINGLE}."
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `config.json`; raises CheckpointError."""
+    path = folder / MODEL_CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); the weights cannot be used without it."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object.")
+    return config
+
+
+def index_huggingface(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Where every tensor is, and the weight files. Opens each file once to check it; raises CheckpointError."""
+    if (folder / SINGLE).exists():
+        return _index_file(folder, SINGLE), [SINGLE]
+    weight_map = _read_weight_map(folder / SHARD_INDEX)
+    files = sorted(set(weight_map.values()))
+    absent = [name for name in files if not (folder / name).exists()]
+    if absent:
+        raise CheckpointError(
+            f"{folder} is incomplete: {_some(absent)} of {len(files)} shards missing. Download or copy it again."
+        )
+    tensors: dict[str, StoredTensor] = {}
+    problems = []
+    for file in files:
+        for name, stored in _index_file(folder, file).items():
+            if name in tensors:
+                problems.append(f"{name} is both in {tensors[name].pieces[0].file} and in {file}")
+            elif name not in weight_map:
+                problems.append(f"{name} is in {file} but not in {SHARD_INDEX}")
+            elif weight_map[name] != file:
+                problems.append(f"{name} should be in {weight_map[name]} but is in {file}")
+            tensors[name] = stored
+    problems += [f"{name} is not in {file}" for name, file in weight_map.items() if name not in tensors]
+    if problems:
+        raise CheckpointError(f"{folder / SHARD_INDEX} does not agree with its shards: {_some(problems)}.")
+    return tensors, files
+
+
+def shard_names(count: int) -> list[str]:
+    """The file names of a model in `count` files."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def shard_index_text(weight_map: Mapping[str, str], total_bytes: int) -> str:
+    """The content of `model.safetensors.index.json`."""
+    content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def config_text(config: Mapping[str, Any], dtype: str | None = None) -> str:
+    """The content of `config.json`: all keys as they are, `dtype` (torch's name) in both spellings where given."""
+    spelled = {"torch_dtype": dtype, "dtype": dtype} if dtype else {}
+    return json.dumps({**config, **spelled}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _index_file(folder: Path, file: str) -> dict[str, StoredTensor]:
+    with SafetensorsReader(folder / file) as reader:
+        return {
+            name: StoredTensor(entry.shape, (StoredPiece(Region.whole(name, entry.shape), entry.dtype, file, name),))
+            for name, entry in reader.entries.items()
+        }
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        entries = [(str(name), str(file)) for name, file in weight_map.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not the index of a sharded model ({error!r}).") from error
+    outside = sorted({file for _, file in entries if Path(file).name != file or file in ("", ".", "..")})
+    if outside:
+        raise CheckpointError(
+            f"{path} names files outside its folder ({_some(outside)}): only plain file names are read."
+        )
+    if not entries:
+        raise CheckpointError(f"{path} lists no tensors.")
+    return dict(entries)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

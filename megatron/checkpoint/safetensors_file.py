@@ -1,0 +1,341 @@
+"""Reading and writing single safetensors files, in pieces and with bounded memory.
+
+Format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, begin and end within the
+data), the data. Nothing is mapped: mapped pages count as memory of the process and turn read errors into signals.
+This module owns the file format and must not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from megatron.utils.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+BLOCK_BYTES = 32 * 2**20  # of temporary memory: large enough that requests cost nothing against their data
+_REQUEST_BYTES = 2**30  # Linux returns at most 2 GiB less a page per call
+_GAP_BYTES = 16 * 2**10  # reading through so much of what is not wanted is cheaper than another request
+_HEADER_LIMIT_BYTES = 100 * 10**6  # the limit of the reference implementation
+
+Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: `offset` in bytes from the beginning of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsReader:
+    """Reads rectangles of the tensors of one file. Use it as a context manager, or call `close`."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and check its header; raises CheckpointError for a missing, damaged or truncated file."""
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened ({error.strerror}).") from error
+        try:
+            self.entries, self.metadata = _read_header(self._descriptor, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str, slices: Sequence[slice] | None, out: torch.Tensor) -> None:
+        """Fill `out` with the rectangle `slices` (None: everything) of a tensor, cast to the dtype of `out`.
+
+        `out` has the rectangle's shape and may be strided or on another device. Slices are plain `begin:end`.
+        """
+        entry = self.entries[name]
+        slices = [slice(0, extent) for extent in entry.shape] if slices is None else slices
+        start = tuple(int(part.start) for part in slices)
+        size = tuple(int(part.stop) - int(part.start) for part in slices)
+        assert tuple(out.shape) == size, (name, out.shape, size)
+        assert all(a >= 0 and a + n <= whole for a, n, whole in zip(start, size, entry.shape, strict=True)), name
+        if out.numel():
+            _Rectangle(self._descriptor, self.path, entry.dtype).read(
+                entry.offset, entry.shape, start, size, out.detach()
+            )
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class SafetensorsWriter:
+    """Writes one file front to back, so that its checksum is ready with its last byte.
+
+    The plan fixes the content beforehand. Tensors come in the order of `order`, each whole or as successive blocks of
+    rows. Use it as a context manager; it does not remove a file that was left unfinished by an exception.
+    """
+
+    def __init__(self, path: Path, plan: Plan, metadata: Mapping[str, str] | None = None) -> None:
+        """Create the file (it must not exist) and write its header. Raises CheckpointError as `write` does."""
+        self.path = path
+        # Wide elements first keeps every tensor aligned to its element size, which readers that map files rely on.
+        self.order = sorted(plan, key=lambda name: -plan[name][0].itemsize)
+        header = _make_header(self.order, plan, dict(metadata or {}))
+        self.entries: dict[str, Entry] = {}
+        offset = len(header)
+        for name in self.order:
+            self.entries[name] = Entry(*plan[name], offset=offset)
+            offset += self.entries[name].size_bytes
+        self.size_bytes = offset
+        self._position = 0
+        self._digest = hashlib.sha256()
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise _cannot_write(path, error, self.size_bytes) from error
+        try:
+            self._append(memoryview(header))
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def write(self, name: str, rows: torch.Tensor) -> None:
+        """Append the next rows of tensor `name` (all of it, or a block of its first dim).
+
+        `rows` has the planned dtype, any strides, any device. Raises CheckpointError where the file system refuses.
+        """
+        entry = self.entries[name]
+        assert rows.dtype == entry.dtype and tuple(rows.shape[1:]) == entry.shape[1:], (name, rows.dtype, rows.shape)
+        assert entry.offset <= self._position, f"{name} comes before its turn"
+        assert self._position + rows.numel() * entry.dtype.itemsize <= entry.offset + entry.size_bytes, name
+        for block in _row_blocks(rows.detach()):
+            if block.numel():
+                self._append(memory_of(block.contiguous().cpu()))
+
+    def close(self) -> tuple[int, str]:
+        """Have everything on the disk; returns the size in bytes and the SHA-256 of the file."""
+        assert self._position == self.size_bytes, f"{self.path}: {self._position} of {self.size_bytes} bytes written"
+        try:
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+        except OSError as error:
+            raise _cannot_write(self.path, error, self.size_bytes) from error
+        self._descriptor = -1
+        return self.size_bytes, self._digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _append(self, data: memoryview) -> None:
+        self._digest.update(data)
+        try:
+            while data:
+                written = os.write(self._descriptor, data[:_REQUEST_BYTES])
+                self._position += written
+                data = data[written:]
+        except OSError as error:
+            raise _cannot_write(self.path, error, self.size_bytes) from error
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor (at least one element), writable, without a copy."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class _Rectangle:
+    """Reads parts of one tensor of a file whose elements are of `dtype`."""
+
+    descriptor: int
+    path: Path
+    dtype: torch.dtype
+
+    def read(
+        self, offset: int, shape: tuple[int, ...], start: tuple[int, ...], size: tuple[int, ...], out: torch.Tensor
+    ) -> None:
+        """Fill `out` from the rectangle `start`, `size` of a tensor of `shape` whose data begin at byte `offset`."""
+        if size[1:] == shape[1:]:  # one run of the file (a vector, whole rows, a scalar)
+            row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+            self._read_run(offset + (start[0] * row_bytes if start else 0), out)
+        elif len(shape) == 2:
+            self._read_columns(offset, shape[1], start, out)
+        else:
+            inner_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+            for index in range(size[0]):
+                self.read(offset + (start[0] + index) * inner_bytes, shape[1:], start[1:], size[1:], out[index])
+
+    def _read_run(self, offset: int, out: torch.Tensor) -> None:
+        if out.dtype == self.dtype and out.is_contiguous() and out.device.type == "cpu":
+            _pread(self.descriptor, self.path, offset, memory_of(out))
+            return
+        for block in _row_blocks(out, self.dtype.itemsize):
+            buffer = torch.empty(block.shape, dtype=self.dtype)
+            _pread(self.descriptor, self.path, offset, memory_of(buffer))
+            block.copy_(buffer)
+            offset += buffer.numel() * self.dtype.itemsize
+
+    def _read_columns(self, offset: int, columns: int, start: tuple[int, ...], out: torch.Tensor) -> None:
+        """Part of each row. Rows are read whole where they are short, else only the part that is wanted."""
+        width, row_bytes = out.shape[1], columns * self.dtype.itemsize
+        through = row_bytes - width * self.dtype.itemsize <= _GAP_BYTES
+        span = columns if through else width  # elements of a row that are read
+        left = 0 if through else start[1]
+        row = start[0]
+        for block in _row_blocks(out, self.dtype.itemsize, span):
+            rows = block.shape[0]
+            buffer = torch.empty(rows, span, dtype=self.dtype)
+            begin = offset + row * row_bytes + left * self.dtype.itemsize
+            if through:
+                _pread(self.descriptor, self.path, begin, memory_of(buffer))
+                block.copy_(buffer[:, start[1] : start[1] + width])
+            else:
+                memory = memory_of(buffer)
+                part = width * self.dtype.itemsize
+                for index in range(rows):
+                    _pread(
+                        self.descriptor, self.path, begin + index * row_bytes, memory[index * part : (index + 1) * part]
+                    )
+                block.copy_(buffer)
+            row += rows
+
+
+def _row_blocks(tensor: torch.Tensor, itemsize: int = 0, columns: int = 0) -> Sequence[torch.Tensor]:
+    """The tensor as blocks of rows that take at most BLOCK_BYTES (or one row) each."""
+    if tensor.dim() == 0:
+        return [tensor]
+    row_bytes = (columns or math.prod(tensor.shape[1:])) * (itemsize or tensor.dtype.itemsize)
+    return tensor.split(max(1, BLOCK_BYTES // max(row_bytes, 1)))
+
+
+def _pread(descriptor: int, path: Path, offset: int, memory: memoryview) -> None:
+    while memory:
+        try:
+            count = os.preadv(descriptor, [memory[:_REQUEST_BYTES]], offset)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read at byte {offset:,} ({error.strerror}).") from error
+        if count == 0:
+            raise CheckpointError(f"{path} ended at byte {offset:,} while it was read: it was truncated meanwhile.")
+        offset += count
+        memory = memory[count:]
+
+
+def _cannot_write(path: Path, error: OSError, size_bytes: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be written ({error.strerror or error}); it needs {size_bytes:,} bytes: "
+        "make room there or choose another folder."
+    )
+
+
+def _make_header(order: Sequence[str], plan: Plan, metadata: dict[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name in order:
+        dtype, shape = plan[name]
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_header(descriptor: int, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a file in the order of its data, and its metadata. Checks that they fill the file exactly."""
+    size_bytes = os.fstat(descriptor).st_size
+    if size_bytes < 8:
+        raise CheckpointError(f"{path} has {size_bytes} bytes: a safetensors file has at least 8. Copy it again.")
+    prefix = bytearray(8)
+    _pread(descriptor, path, 0, memoryview(prefix))
+    length = int.from_bytes(prefix, "little")
+    if length > _HEADER_LIMIT_BYTES:
+        raise CheckpointError(f"{path} is not a safetensors file: its header would take {length:,} bytes.")
+    if size_bytes < 8 + length:
+        raise CheckpointError(
+            f"{path} is truncated: it has {size_bytes:,} bytes, its header alone takes {8 + length:,}. Copy it again."
+        )
+    text = bytearray(length)
+    _pread(descriptor, path, 8, memoryview(text))
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        metadata = header.pop("__metadata__", None) or {}
+        entries = {name: _parse_entry(name, value, 8 + length) for name, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: its header is damaged ({error}).") from error
+    _check_coverage(entries, path, 8 + length, size_bytes)
+    return entries, metadata
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs twice")
+    return result
+
+
+def _parse_entry(name: str, value: Mapping[str, Any], data_offset: int) -> Entry:
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"{name} has the dtype {value['dtype']}, which is not one of {', '.join(DTYPES)}")
+    shape, (begin, end) = value["shape"], value["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in [*shape, begin, end]):
+        raise ValueError(f"{name} has the shape {shape} at {begin}:{end}")
+    entry = Entry(DTYPES[value["dtype"]], tuple(shape), data_offset + begin)
+    if entry.size_bytes != end - begin:
+        raise ValueError(f"{name} of shape {shape} needs {entry.size_bytes:,} bytes, not {end - begin:,}")
+    return entry
+
+
+def _check_coverage(entries: Mapping[str, Entry], path: Path, data_offset: int, size_bytes: int) -> None:
+    position = data_offset
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
+        if entry.offset != position:
+            raise CheckpointError(
+                f"{path} is damaged: {name} begins at byte {entry.offset:,} where {position:,} was expected."
+            )
+        position += entry.size_bytes
+    if position != size_bytes:
+        what = "is truncated" if size_bytes < position else "is too long"
+        raise CheckpointError(
+            f"{path} {what}: it has {size_bytes:,} bytes, its header promises {position:,}. Copy it again."
+        )

@@ -1,0 +1,216 @@
+"""Reading slices of canonical tensors from wherever a model is kept.
+
+A Hugging Face folder, one of our step folders and a save folder look the same through `Source`. It must not know ranks
+or models: who reads what is the caller's business, and a rank's reads touch only the files and rows it asks for.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+import yaml
+
+from megatron.checkpoint.huggingface import (
+    SHARD_INDEX,
+    SINGLE,
+    index_huggingface,
+    is_huggingface,
+    read_config,
+    refuse_pickles,
+)
+from megatron.checkpoint.index import Index, StoredPiece, StoredTensor
+from megatron.checkpoint.manager import newest_checkpoint, read_pointer
+from megatron.checkpoint.native import (
+    MANIFEST,
+    RUN_CONFIG,
+    Manifest,
+    carried_files,
+    check_sizes,
+    read_manifest,
+    step_of,
+)
+from megatron.checkpoint.safetensors_file import SafetensorsReader
+from megatron.parallel.layout import Region
+from megatron.utils.errors import CheckpointError
+
+_OPEN_FILES = 128  # a process may hold about a thousand, and a checkpoint of many ranks has more
+
+
+class Source:
+    """An opened model. Use it as a context manager, or call `close`."""
+
+    def __init__(self, folder: Path, index: Index, weight_files: list[str], manifest: Manifest | None) -> None:
+        self.folder = folder
+        self.index = index
+        self.weight_files = weight_files
+        self.manifest = manifest  # None for a Hugging Face folder
+        self.model_config: dict[str, Any] = read_config(folder)
+        self.tokenizer_files: list[Path] = carried_files(folder)
+        self.run_config: dict[str, Any] | None = None if manifest is None else _read_run_config(folder / RUN_CONFIG)
+        self._readers: OrderedDict[str, SafetensorsReader] = OrderedDict()
+
+    @property
+    def format(self) -> Literal["huggingface", "native"]:
+        return "huggingface" if self.manifest is None else "native"
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """What the trainer saved of itself; None for a model that carries no training state."""
+        return None if self.manifest is None else self.manifest.state
+
+    @property
+    def step(self) -> int:
+        """The step after which it was saved; 0 for a model that carries no training state."""
+        return 0 if self.manifest is None else self.manifest.step
+
+    @property
+    def has_optimizer(self) -> bool:
+        return bool(self.index.get("exp_avg"))
+
+    def shapes(self, kind: str = "weights") -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of everything stored of a kind ("weights", "master", "exp_avg", "exp_avg_sq")."""
+        return {name: stored.shape for name, stored in self.index.get(kind, {}).items()}
+
+    def dtype(self, name: str, kind: str = "weights") -> torch.dtype:
+        """The dtype in which a tensor is stored."""
+        return self._stored(name, kind).pieces[0].dtype
+
+    def read(self, region: Region, out: torch.Tensor, kind: str = "weights") -> None:
+        """Fill `out` (the region's size; any strides, device and dtype) with a region, cast to the dtype of `out`.
+
+        Raises CheckpointError where the tensor is missing, has another shape, or its file is damaged.
+        """
+        assert tuple(out.shape) == region.size, (region, out.shape)
+        stored = self._stored(region.name, kind)
+        if stored.shape != region.shape:
+            raise CheckpointError(
+                f"{kind} of {region.name} in {self.folder} has shape {list(stored.shape)}, not {list(region.shape)}: "
+                "it belongs to another model."
+            )
+        found = 0
+        with torch.no_grad():
+            for piece in stored.pieces:
+                common = piece.region.intersect(region)
+                if common is not None:
+                    reader = self._reader(piece)
+                    reader.read(piece.key, common.within(piece.region), out[common.within(region)])
+                    found += common.numel
+        if found != region.numel:
+            raise CheckpointError(
+                f"{self.folder} holds only {found:,} of the {region.numel:,} elements asked for of {region.name} "
+                f"({kind}, from {list(region.start)}, size {list(region.size)})."
+            )
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _stored(self, name: str, kind: str) -> StoredTensor:
+        stored = self.index.get(kind, {}).get(name)
+        if stored is None:
+            held = "" if self.index.get(kind) else f" (it holds no {kind} at all)"
+            raise CheckpointError(f"{self.folder} has no {kind} of {name}{held}.")
+        return stored
+
+    def _reader(self, piece: StoredPiece) -> SafetensorsReader:
+        """The open file of a piece, the least recently used one being closed for it where there are too many."""
+        reader = self._readers.pop(piece.file, None)
+        if reader is None:
+            if len(self._readers) >= _OPEN_FILES:
+                self._readers.popitem(last=False)[1].close()
+            reader = SafetensorsReader(self.folder / piece.file)
+        self._readers[piece.file] = reader
+        entry = reader.entries.get(piece.key)
+        if entry is None or entry.shape != piece.region.size or entry.dtype != piece.dtype:
+            raise CheckpointError(
+                f"{reader.path} does not hold {piece.key} as {MANIFEST} says ({entry}): it is another save's file."
+            )
+        return reader
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a Hugging Face folder, a step folder of ours, or the newest whole checkpoint of a save folder.
+
+    Raises CheckpointError that says what was looked for.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}: give the folder of a checkpoint or of a Hugging Face model.")
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        check_sizes(folder, manifest)
+        weights = manifest.index.get("weights", {})
+        weight_files = sorted({piece.file for stored in weights.values() for piece in stored.pieces})
+        return Source(folder, manifest.index, weight_files, manifest)
+    if is_huggingface(folder):
+        tensors, weight_files = index_huggingface(folder)
+        return Source(folder, {"weights": tensors}, weight_files, None)
+    if read_pointer(folder) is not None or any(step_of(child.name) is not None for child in folder.iterdir()):
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise CheckpointError(f"{folder} holds no whole checkpoint: every folder in it is incomplete.")
+        return open_source(newest)
+    refuse_pickles(folder)
+    raise CheckpointError(
+        f"{folder} is neither a model nor a checkpoint: looked for {MANIFEST} (a checkpoint), step_… folders (a save "
+        f"folder), {SINGLE} and {SHARD_INDEX} (a Hugging Face model)."
+    )
+
+
+def check_weights(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise one CheckpointError with every weight that is missing, unexpected or of another shape than expected.
+
+    Rotary frequency buffers, which old exports contain, are no weights and are passed over.
+    """
+    found = source.shapes()
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(name for name in found.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
+    shapes = [
+        f"{name} has shape {list(found[name])}, config.json makes it {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != tuple(shape)
+    ]
+    dtypes = {name: source.dtype(name) for name in expected if name in found}
+    integers = [f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.is_floating_point]
+    parts = [
+        _listed("missing", missing),
+        _listed("unexpected", unexpected),
+        _listed("of another shape", shapes),
+        _listed("not floating point", integers),
+    ]
+    problems = "; ".join(part for part in parts if part)
+    if problems:
+        raise CheckpointError(f"The weights in {source.folder} are not those of its config.json: {problems}.")
+
+
+def _listed(what: str, items: list[str]) -> str:
+    if not items:
+        return ""
+    more = f" and {len(items) - 8} more" if len(items) > 8 else ""
+    return f"{len(items)} {what}: {', '.join(items[:8])}{more}"
+
+
+def _read_run_config(path: Path) -> dict[str, Any] | None:
+    """The resolved configuration of the run that saved it, None after a conversion."""
+    if not path.exists():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a configuration.")
+    return content

@@ -1,0 +1,254 @@
+"""The rules that tie keys to each other, and to the number of processes.
+
+Each rule yields a `Problem`: the values, the rule and what would work. Types and ranges of single keys are checked
+where values are converted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron.config.run import RunConfig
+from megatron.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and which keys (dotted) it depends on."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+def validate(config: RunConfig) -> None:
+    """Check the rules that need nothing but the configuration. Raises one ConfigError with every problem."""
+    report(static_problems(config))
+
+
+def validate_grid(config: RunConfig, world_size: int, model: Mapping[str, Any] | None = None) -> None:
+    """Check what a training run of `world_size` processes needs. Raises one ConfigError with every problem.
+
+    `model` holds the fields of the resolved model (Hugging Face's names), where it is known; else the fields that the
+    configuration states are used.
+    """
+    report([*static_problems(config, model), *_grid_problems(config, world_size)])
+
+
+def report(problems: Iterable[Problem]) -> None:
+    """Raise one ConfigError for all problems together; return where there are none."""
+    texts = list(dict.fromkeys(problem.text for problem in problems))
+    if len(texts) == 1:
+        raise ConfigError(texts[0])
+    if texts:
+        listed = "".join(f"\n  - {text}" for text in texts)
+        raise ConfigError(f"the configuration has {len(texts)} problems:{listed}")
+
+
+def static_problems(config: RunConfig, model: Mapping[str, Any] | None = None) -> Iterator[Problem]:
+    """Every broken rule that does not depend on the number of processes."""
+    fields = {name: value for name, value in asdict(config.model).items() if value is not None} | dict(model or {})
+    yield from _batch_problems(config)
+    yield from _schedule_problems(config)
+    yield from _output_problems(config)
+    yield from _shape_problems(fields)
+    yield from _division_problems(config, fields)
+    yield from _sequence_problems(config, fields)
+
+
+def _batch_problems(config: RunConfig) -> Iterator[Problem]:
+    train, data = config.train, config.data
+    if train.global_batch % train.micro_batch:
+        yield Problem(
+            ("train.global_batch", "train.micro_batch"),
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}; "
+            f"use a micro batch of {_or(_divisors(train.global_batch))}, "
+            f"or a global batch of {_or(_multiples_near(train.global_batch, train.micro_batch))}",
+        )
+    needed = train.steps * train.global_batch
+    if data.samples is not None and data.samples < needed:
+        yield Problem(
+            ("train.global_batch", "train.steps", "data.samples"),
+            f"data.samples={data.samples} is fewer than the run reads: train.steps={train.steps} x "
+            f"train.global_batch={train.global_batch} = {needed}; use data.samples={needed} or more, or train.steps="
+            f"{data.samples // train.global_batch} or fewer",
+        )
+
+
+def _schedule_problems(config: RunConfig) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    horizon = config.train.steps if optimizer.decay_steps is None else optimizer.decay_steps
+    horizon_name = "train.steps" if optimizer.decay_steps is None else "optimizer.decay_steps"
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        yield Problem(
+            ("optimizer.min_learning_rate", "optimizer.learning_rate"),
+            f"optimizer.min_learning_rate={optimizer.min_learning_rate} is above optimizer.learning_rate="
+            f"{optimizer.learning_rate}; the rate falls to the minimum: exchange them or lower the minimum",
+        )
+    if optimizer.decay_style == "constant":
+        return
+    keys = (horizon_name, "optimizer.warmup_steps", "optimizer.decay_style", "optimizer.decay_fraction")
+    if optimizer.warmup_steps >= horizon:
+        yield Problem(
+            keys[:3],
+            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves nothing of the schedule, which ends at "
+            f"{horizon_name}={horizon} with warm-up included; use a warm-up of {horizon - 1} or fewer, or "
+            f"optimizer.decay_steps={optimizer.warmup_steps + 1} or more",
+        )
+    elif optimizer.decay_style == "wsd" and horizon * (1 - optimizer.decay_fraction) < optimizer.warmup_steps:
+        largest = 1 - optimizer.warmup_steps / horizon
+        yield Problem(
+            keys,
+            f"optimizer.decay_fraction={optimizer.decay_fraction} of {horizon_name}={horizon} begins to decay before "
+            f"optimizer.warmup_steps={optimizer.warmup_steps} are over; use a fraction of {largest:.4g} or less",
+        )
+
+
+def _output_problems(config: RunConfig) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    for name, value in (("interval", checkpoint.interval), ("keep_last", checkpoint.keep_last)):
+        if value is not None and checkpoint.save is None:
+            yield Problem(
+                (f"checkpoint.{name}", "checkpoint.save"),
+                f"checkpoint.{name}={value} without checkpoint.save: nothing would be saved; name a folder there",
+            )
+    if config.evaluate.interval is not None and config.data.validation is None:
+        yield Problem(
+            ("evaluate.interval", "data.validation"),
+            f"evaluate.interval={config.evaluate.interval} without data.validation: there is nothing to evaluate on; "
+            "name a prefix there",
+        )
+    if config.log.tensorboard and config.log.dir is None:
+        yield Problem(
+            ("log.tensorboard", "log.dir"),
+            "log.tensorboard=true without log.dir: TensorBoard files go there; name a folder",
+        )
+
+
+def _shape_problems(model: Mapping[str, Any]) -> Iterator[Problem]:
+    """Rules within the model's shape; those with an unknown field are left to the model."""
+    hidden, heads, key_heads, head_dim = (
+        model.get(name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    if heads and key_heads and heads % key_heads:
+        yield Problem(
+            ("model.num_attention_heads", "model.num_key_value_heads"),
+            f"model.num_attention_heads={heads} is not divisible by model.num_key_value_heads={key_heads}; "
+            f"use {_or(_divisors(heads))} key/value heads",
+        )
+    if head_dim is not None:
+        if head_dim % 2:
+            yield Problem(
+                ("model.head_dim",), f"model.head_dim={head_dim} is odd; rotary angles need an even size of head"
+            )
+    elif hidden and heads and hidden % heads:
+        yield Problem(
+            ("model.hidden_size", "model.num_attention_heads"),
+            f"model.hidden_size={hidden} is not divisible by model.num_attention_heads={heads}; "
+            f"use {_or(_divisors(hidden))} heads, or state model.head_dim",
+        )
+    elif hidden and heads and (hidden // heads) % 2:
+        yield Problem(
+            ("model.hidden_size", "model.num_attention_heads"),
+            f"model.hidden_size={hidden} / model.num_attention_heads={heads} gives heads of size {hidden // heads}; "
+            "rotary angles need an even size of head",
+        )
+
+
+def _division_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
+    """Whether the tensor ranks and pipeline stages can share the model."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    for name in ("num_attention_heads", "intermediate_size"):
+        size = model.get(name)
+        if size and size % tensor:
+            yield Problem(
+                (f"model.{name}", "parallel.tensor"),
+                f"model.{name}={size} is not divisible by parallel.tensor={tensor}; use {_or(_divisors(size))}",
+            )
+    heads, key_heads = model.get("num_attention_heads"), model.get("num_key_value_heads")
+    if key_heads and tensor % key_heads and key_heads % tensor:
+        fitting = [n for n in _divisors(heads or key_heads) if n % key_heads == 0 or key_heads % n == 0]
+        yield Problem(
+            ("model.num_key_value_heads", "model.num_attention_heads", "parallel.tensor"),
+            f"model.num_key_value_heads={key_heads} can neither be divided among parallel.tensor={tensor} ranks nor "
+            f"copied to them evenly (one must divide the other); use {_or(fitting)}",
+        )
+    layers = model.get("num_hidden_layers")
+    if layers and layers < pipeline:
+        yield Problem(
+            ("model.num_hidden_layers", "parallel.pipeline"),
+            f"model.num_hidden_layers={layers} is fewer than parallel.pipeline={pipeline}: each stage needs a layer; "
+            f"use {layers} stages or fewer",
+        )
+
+
+def _sequence_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
+    longest = model.get("max_position_embeddings")
+    length, length_key = config.data.sequence_length, "data.sequence_length"
+    if length is None:
+        length, length_key = longest, "model.max_position_embeddings"
+    elif longest is not None and length > longest:
+        yield Problem(
+            ("data.sequence_length", "model.max_position_embeddings"),
+            f"data.sequence_length={length} is above model.max_position_embeddings={longest}, for which the model is "
+            f"made; use {longest} or fewer",
+        )
+    tensor, sequence = config.parallel.tensor, config.parallel.sequence
+    if length is not None and sequence is not False and length % tensor:
+        yield Problem(
+            (length_key, "parallel.tensor", "parallel.sequence"),
+            f"{length_key}={length} is not divisible by parallel.tensor={tensor}, among whose ranks sequence "
+            f"parallelism divides it; use a length of {_or(_multiples_near(length, tensor))}, "
+            "or parallel.sequence=false",
+        )
+
+
+def _grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    parallel, train = config.parallel, config.train
+    if config.data.train is None:
+        yield Problem(
+            ("data.train",), "data.train is not set; name the prefix of a .bin/.idx pair, or use data.train=synthetic"
+        )
+    ranks = parallel.tensor * parallel.pipeline
+    if world_size % ranks:
+        yield Problem(
+            ("parallel.tensor", "parallel.pipeline"),
+            f"{world_size} processes cannot be divided by parallel.tensor={parallel.tensor} x parallel.pipeline="
+            f"{parallel.pipeline} = {ranks}; start {_or(_multiples_near(world_size, ranks))} processes, "
+            f"or choose tensor x pipeline = {_or(_divisors(world_size))}",
+        )
+        return
+    data_ranks = world_size // ranks
+    together = data_ranks * train.micro_batch
+    if train.global_batch % together:
+        text = (
+            f"train.global_batch={train.global_batch} is not divisible by {data_ranks} data ranks ({world_size} "
+            f"processes / tensor {parallel.tensor} / pipeline {parallel.pipeline}) x train.micro_batch="
+            f"{train.micro_batch} = {together}; "
+            f"use a global batch of {_or(_multiples_near(train.global_batch, together))}"
+        )
+        if train.global_batch % data_ranks == 0:
+            text += f", or a micro batch of {_or(_divisors(train.global_batch // data_ranks))}"
+        yield Problem(("train.global_batch", "train.micro_batch", "parallel.tensor", "parallel.pipeline"), text)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // candidate for candidate in small)})
+
+
+def _multiples_near(number: int, unit: int) -> list[int]:
+    """The multiples of `unit` just below and above `number`, which is not one itself."""
+    below = number // unit * unit
+    return [candidate for candidate in (below, below + unit) if candidate > 0]
+
+
+def _or(numbers: list[int], most: int = 12) -> str:
+    """`1, 2, 4 or 8`; of many, the first ones and the last."""
+    words = [str(number) for number in numbers]
+    if len(words) > most:
+        words = [*words[: most - 2], "...", words[-1]]
+        return ", ".join(words)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

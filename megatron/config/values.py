@@ -1,0 +1,135 @@
+"""From a value as YAML gives it to the exact type of a key, or a sentence that says what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from typing import Any, Literal
+
+from megatron.config.data import Source
+from megatron.config.schema import Key, nearest_name
+
+
+class ValueProblem(Exception):
+    """What is wrong with a value; the text continues "section.name=value ..."."""
+
+
+def convert(key: Key, value: Any) -> Any:
+    """The value as the key's type: strict, except that `1e3` or `1000.0` is a whole number and 1 a real one.
+
+    Raises ValueProblem where the type, the choice or the range is wrong.
+    """
+    optional, kind = split_optional(key.type)
+    if value is None:
+        if optional:
+            return None
+        raise ValueProblem(f"must not be null; the default is {show(key.default)}")
+    converted = _convert_kind(kind, value)
+    if isinstance(converted, (int, float)) and not isinstance(converted, bool):
+        _check_range(key, converted)
+    return converted
+
+
+def takes_text(key: Key) -> bool:
+    """Whether any single word is a legal value of the key, so that `--log.dir 2024` means the folder `2024`."""
+    kind = split_optional(key.type)[1]
+    return kind is str or kind == Source
+
+
+def split_optional(annotation: Any) -> tuple[bool, Any]:
+    """(whether None is allowed, the type without None)."""
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return False, annotation
+    members = typing.get_args(annotation)
+    rest = tuple(member for member in members if member is not types.NoneType)
+    return len(rest) < len(members), rest[0] if len(rest) == 1 else typing.Union[rest]  # noqa: UP007 (a tuple)
+
+
+def show(value: Any) -> str:
+    """A value as YAML would spell it, in one line, for messages."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(show(item) for item in value) + "]"
+    return repr(value) if isinstance(value, str) and (not value or value != value.strip()) else str(value)
+
+
+def _convert_kind(kind: Any, value: Any) -> Any:
+    if typing.get_origin(kind) is Literal:
+        return _convert_choice(typing.get_args(kind), value)
+    if kind == Source:
+        return _convert_source(value)
+    return _CONVERTERS[kind](value)
+
+
+def _convert_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueProblem("must be true or false")
+    return value
+
+
+def _convert_int(value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueProblem("must be a whole number")
+    return value
+
+
+def _convert_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueProblem("must be a number")
+    if not math.isfinite(value):
+        raise ValueProblem("must be a finite number")
+    return float(value)
+
+
+def _convert_str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueProblem("must be text; in a file, put it in quotes")
+    if not value.strip() or "\0" in value:
+        raise ValueProblem("must not be empty; write null for none")
+    return value
+
+
+def _convert_choice(choices: tuple[Any, ...], value: Any) -> Any:
+    if value in choices and isinstance(value, str):
+        return value
+    guess = nearest_name(str(value), choices)
+    hint = f"; did you mean {guess}?" if guess else ""
+    raise ValueProblem(f"must be one of {', '.join(choices)}{hint}")
+
+
+def _convert_source(value: Any) -> str | tuple[tuple[float, str], ...]:
+    if isinstance(value, str):
+        return _convert_str(value)
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueProblem("must be a prefix or a list of [weight, prefix] pairs")
+    return tuple(_convert_pair(pair) for pair in value)
+
+
+def _convert_pair(pair: Any) -> tuple[float, str]:
+    rule = "a blend is a list of [weight, prefix] pairs, as [[0.9, medical], [0.1, replay]]"
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise ValueProblem(f"has the entry {show(pair)}: {rule}")
+    weight, prefix = pair
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isinstance(prefix, str) or not prefix:
+        raise ValueProblem(f"has the entry {show(pair)}: {rule}")
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueProblem(f"gives {prefix} the weight {show(weight)}: weights must be above 0; leave the entry out")
+    return float(weight), prefix
+
+
+def _check_range(key: Key, value: float) -> None:
+    for limit, holds, words in (
+        (key.info.minimum, lambda limit: value >= limit, "at least"),
+        (key.info.above, lambda limit: value > limit, "above"),
+        (key.info.maximum, lambda limit: value <= limit, "at most"),
+        (key.info.below, lambda limit: value < limit, "below"),
+    ):
+        if limit is not None and not holds(limit):
+            raise ValueProblem(f"must be {words} {show(limit)}")
+
+
+_CONVERTERS: dict[Any, Any] = {bool: _convert_bool, int: _convert_int, float: _convert_float, str: _convert_str}

@@ -180,7 +180,8 @@ class SafetensorsWriter:
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor (at least one element), writable, without a copy."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # a dim of extent 1 may have kept a stride of its own
+    return flat.view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)

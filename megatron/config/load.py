@@ -60,18 +60,6 @@ def config_from_dict(values: Mapping[str, Any], origin: str) -> RunConfig:
     return _finish(draft)
 
 
-def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide command-line words into `--section.key [value]` overrides and the rest, each in their order."""
-    overrides: list[str] = []
-    rest: list[str] = []
-    waiting = False  # for the value of an override
-    for word in words:
-        dotted = word.startswith("--") and "." in word.partition("=")[0]
-        (overrides if dotted or (waiting and not word.startswith("--")) else rest).append(word)
-        waiting = dotted and "=" not in word
-    return overrides, rest
-
-
 def _finish(draft: _Draft) -> RunConfig:
     """Convert, build and check; what concerns a key that is already in error is left out of the cross-checks."""
     converted: dict[str, Any] = {}

@@ -1,0 +1,162 @@
+"""`megatron VERB` and `python -m megatron VERB`: finds the verb, runs it, and turns errors into messages.
+
+Exit codes: what the verb returns; 2 for an error that the user can mend, with a message and no traceback; 130 after
+Ctrl-C. Anything else that escapes is a bug and keeps its traceback.
+
+Under torchrun every process runs this. A `MegatronError` is then by rule one that all processes meet alike (`train`
+and `evaluate` agree on errors between ranks), so only the first process of each machine prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+import megatron
+from megatron.utils.environment import read_launch
+from megatron.utils.errors import ConfigError, MegatronError
+from megatron.utils.logging import configure_logging
+
+VERBS = ("preprocess", "convert", "train", "evaluate", "inspect")
+
+USER_ERROR = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+# What the machine refuses, whatever the program does. Others (no such file, …) have to be foreseen where they arise.
+_MACHINE_ERRORS = {
+    errno.ENOSPC: "free some space there, or name another folder",
+    errno.EDQUOT: "free some space there, or name another folder",
+    errno.EACCES: "name a place that this user may use",
+    errno.EPERM: "name a place that this user may use",
+    errno.EROFS: "name a place that can be written",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the machine's limit on open files",
+    errno.EIO: "check the disk",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ours: one message, said once also under torchrun."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line (None: the process's own) and return the exit code."""
+    words = list(sys.argv[1:] if words is None else words)
+    program = f"megatron {words[0]}" if words and words[0] in VERBS else "megatron"
+    try:
+        configure_logging(read_launch().rank)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except MegatronError as error:
+        if _is_first_of_machine():
+            _say(program, f"error: {error}")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        if _is_first_of_machine():
+            _say(program, "interrupted")
+        return INTERRUPTED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return BROKEN_PIPE
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        # Any process may meet this alone, so each says it.
+        _say(program, f"error: {_describe(error)}; {_MACHINE_ERRORS[error.errno]}")
+        return USER_ERROR
+
+
+def _run(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0
+    if words and words[0] == "--version":
+        sys.stdout.write(f"megatron-med {megatron.__version__}\n")
+        return 0
+    if not words:
+        raise ConfigError(f"no verb given; use one of {', '.join(VERBS)}; see megatron --help")
+    if words[0] not in VERBS:
+        raise ConfigError(_unknown_verb(words[0]))
+    return _run_verb(words[0], words[1:])
+
+
+def _run_verb(verb: str, words: list[str]) -> int:
+    command = _command(verb)
+    takes_overrides = getattr(command, "TAKES_OVERRIDES", False)
+    parser = _Parser(prog=f"megatron {verb}", description=command.HELP, allow_abbrev=False)
+    overrides: list[str] = []
+    if takes_overrides:
+        from megatron.config.overrides import split_overrides
+
+        parser.epilog = "Any key of the configuration can be given as --section.key VALUE: see docs/configuration.md."
+        overrides, words = split_overrides(words)
+    command.add_arguments(parser)
+    arguments = parser.parse_args(words)
+    if takes_overrides:
+        arguments.overrides = overrides
+    return int(command.run(arguments))
+
+
+def _command(verb: str) -> ModuleType:
+    return importlib.import_module(f"megatron.commands.{verb}")
+
+
+def _help() -> str:
+    lines = "".join(f"  {verb:<12}{_command(verb).HELP}\n" for verb in VERBS)
+    return (
+        "usage: megatron VERB ...\n\n"
+        "Continue pretraining Llama models: tensor, pipeline and data parallel, Hugging Face in and out.\n\n"
+        f"verbs:\n{lines}\n"
+        "options:\n"
+        "  -h, --help  show this; megatron VERB --help shows a verb's options\n"
+        "  --version   show the version\n"
+    )
+
+
+def _unknown_verb(word: str) -> str:
+    guess = difflib.get_close_matches(word, VERBS, n=1)
+    hint = f"did you mean {guess[0]}?" if guess else f"the verbs are {', '.join(VERBS)}"
+    return f"unknown verb {word!r}; {hint}"
+
+
+def _is_first_of_machine() -> bool:
+    try:
+        return read_launch().local_rank == 0
+    except ConfigError:
+        return True  # the launcher's variables are what is wrong
+
+
+def _reader_left() -> bool:
+    """Whether it is our standard output that nobody reads any more (`megatron inspect X | head`)."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at exit; what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _describe(error: OSError) -> str:
+    where = ", ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{error.strerror}: {where}" if where else str(error.strerror)
+
+
+def _say(program: str, text: str) -> None:
+    sys.stderr.write(f"{program}: {text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

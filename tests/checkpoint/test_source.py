@@ -1,0 +1,134 @@
+"""Opening Hugging Face folders, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron.checkpoint.source import check_weights, open_source
+from megatron.parallel.layout import Region
+from megatron.utils.errors import CheckpointError
+
+from .conftest import CONFIG
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A Hugging Face folder of two shards."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle beside safetensors is left alone")
+    save_file({"a": torch.randn(4, 6), "b": torch.randn(3)}, folder / "one.safetensors")
+    save_file({"c": torch.randn(2, 2).half()}, folder / "two.safetensors")
+    _write_index(folder, {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"})
+    return folder
+
+
+def _write_index(folder: Path, weight_map: object) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_a_sharded_folder(sharded: Path) -> None:
+    source = open_source(sharded)
+    assert (source.format, source.state, source.run_config, source.step) == ("huggingface", None, None, 0)
+    assert source.shapes() == {"a": (4, 6), "b": (3,), "c": (2, 2)} and source.shapes("exp_avg") == {}
+    assert not source.has_optimizer
+    assert source.model_config == CONFIG
+    assert [path.name for path in source.tokenizer_files] == ["tokenizer.model", "generation_config.json"]
+    assert source.dtype("c") == torch.float16
+    out = torch.empty(2, 3)
+    source.read(Region("a", (4, 6), (1, 2), (2, 3)), out)
+    assert torch.equal(out, load_file(sharded / "one.safetensors")["a"][1:3, 2:5])
+
+
+def test_a_single_file(shared: Path) -> None:
+    folder = shared / "data" / "stories260K-untied"
+    expected = load_file(folder / "model.safetensors")
+    with open_source(folder) as source:
+        assert source.shapes() == {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        for name, shape in source.shapes().items():
+            out = torch.empty(shape)
+            source.read(Region.whole(name, shape), out)
+            assert torch.equal(out, expected[name])
+
+
+def _second_copy(folder: Path) -> None:
+    save_file({"c": torch.ones(2, 2), "a": torch.ones(4, 6)}, folder / "two.safetensors")
+
+
+FAULTS = {
+    "missing shard": (lambda f: (f / "two.safetensors").unlink(), r"two\.safetensors of 2 shards missing"),
+    "truncated shard": (lambda f: os.truncate(f / "two.safetensors", 70), r"two\.safetensors is truncated"),
+    "duplicate": (_second_copy, r"a is both in one\.safetensors and in two\.safetensors"),
+    "absent tensor": (
+        lambda f: _write_index(f, dict.fromkeys("abx", "one.safetensors") | {"c": "two.safetensors"}),
+        r"x is not in one\.safetensors",
+    ),
+    "unlisted tensor": (
+        lambda f: _write_index(f, {"a": "one.safetensors", "c": "two.safetensors"}),
+        r"b is in one\.safetensors but not in",
+    ),
+    "wrong file": (
+        lambda f: _write_index(f, {"a": "two.safetensors", "b": "one.safetensors", "c": "two.safetensors"}),
+        r"a should be in two\.safetensors but is in one\.safetensors",
+    ),
+    "outside": (lambda f: _write_index(f, {"a": "../one.safetensors"}), r"outside its folder \(\.\./one"),
+    "absolute": (lambda f: _write_index(f, {"a": "/etc/passwd"}), r"outside its folder \(/etc/passwd"),
+    "no map": (lambda f: _write_index(f, None), "not the index of a sharded model"),
+    "empty map": (lambda f: _write_index(f, {}), "lists no tensors"),
+    "no JSON": (lambda f: (f / INDEX).write_text("{"), "not the index of a sharded model"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json cannot be read \(No such file"),
+    "config damaged": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "does not hold a JSON object"),
+    "pickles only": (lambda f: (f / INDEX).unlink(), r"pytorch_model\.bin, a pickle.*save_pretrained"),
+    "nothing": (
+        lambda f: [(f / INDEX).unlink(), (f / "pytorch_model.bin").unlink()],
+        r"looked for checkpoint\.json.*step_.*model\.safetensors and model\.safetensors\.index\.json",
+    ),
+    "not there": (lambda f: shutil.rmtree(f), "does not exist: give the folder"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_told_clearly(sharded: Path, fault: str) -> None:
+    apply, message = FAULTS[fault]
+    apply(sharded)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(sharded)
+
+
+def test_a_file_is_not_a_folder(sharded: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a file: give the folder"):
+        open_source(sharded / "one.safetensors")
+
+
+def test_all_differences_to_the_model_are_told_together(sharded: Path) -> None:
+    save_file({"c": torch.ones(2, 2).int()}, sharded / "two.safetensors")
+    source = open_source(sharded)
+    with pytest.raises(CheckpointError) as caught:
+        check_weights(source, {"a": (6, 4), "c": (2, 2), "d": (1,)})
+    for part in (
+        "1 missing: d",
+        "1 unexpected: b",
+        "1 of another shape: a has shape [4, 6], config.json makes it [6, 4]",
+        "1 not floating point: c (torch.int32)",
+    ):
+        assert part in str(caught.value)
+
+
+def test_rotary_buffers_are_passed_over(sharded: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({name: torch.ones(2)}, sharded / "two.safetensors")
+    _write_index(sharded, {"a": "one.safetensors", "b": "one.safetensors", name: "two.safetensors"})
+    check_weights(open_source(sharded), {"a": (4, 6), "b": (3,)})

@@ -1,0 +1,8 @@
+"""SentencePiece and Hugging Face tokenizers behind one small interface."""
+
+from __future__ import annotations
+
+from megatron.tokenizer.load import find_tokenizer, load_tokenizer, read_extra_tokens
+from megatron.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["Tokenizer", "find_tokenizer", "load_tokenizer", "read_extra_tokens"]

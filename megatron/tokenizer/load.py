@@ -1,0 +1,144 @@
+"""Finding and opening a tokenizer: a file, or a folder with its added tokens beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.tokenizer.backends import HuggingFaceBackend, SentencePieceBackend
+from megatron.tokenizer.tokenizer import Backend, Tokenizer
+from megatron.utils.errors import ConfigError, DataError
+
+_MODEL = "tokenizer.model"
+_JSON = "tokenizer.json"
+_CONFIG = "tokenizer_config.json"
+_SPECIAL = "special_tokens_map.json"
+_ADDED = "added_tokens.json"
+_QUOTES = "'\"“”‘’"
+
+
+def find_tokenizer(folder: str | Path) -> Path | None:
+    """The tokenizer file of a folder, `tokenizer.model` before `tokenizer.json`, or None."""
+    return next((path for name in (_MODEL, _JSON) if (path := Path(folder) / name).is_file()), None)
+
+
+def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokenizer:
+    """Open a SentencePiece model or a `tokenizer.json`, or the one in a folder.
+
+    Added tokens that the files beside it name keep their ids; `extra_tokens` follow, in order, except those that are
+    pieces already, which keep their id. Both become their id where they occur in a text. Raises DataError for a
+    file that is missing or damaged, ConfigError for an empty or repeated extra token.
+    """
+    file = _resolve(Path(path))
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+    folder = file.parent
+    backend, added = _open(file, content)
+    pieces = backend.pieces()
+    literals = backend.literals()
+    literals.update({token: identity for token, identity in added.items() if token not in _sentence_tokens(folder)})
+    known = {piece: identity for identity, piece in pieces.items()} | added
+    next_id = max(known.values(), default=-1) + 1
+    _check_extra(extra_tokens)
+    for token in extra_tokens:
+        if token not in known:
+            known[token] = added[token] = next_id
+            next_id += 1
+        literals.setdefault(token, known[token])
+    beside = [folder / name for name in (_MODEL, _JSON, _CONFIG, _SPECIAL, _ADDED)]
+    files = [file, *(other for other in beside if other != file and other.is_file())]
+    return Tokenizer(backend, added=added, literals=literals, files=files)
+
+
+def read_extra_tokens(argument: str) -> list[str]:
+    """The tokens of `--extra-tokens`: a file with one a line, or a list with commas between. Spaces are kept."""
+    path = Path(argument)
+    if path.is_file():
+        try:
+            tokens = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as a list of tokens: {error}") from error
+        return [token for token in tokens if token]
+    tokens = argument.split(",")
+    quoted = [token for token in (tokens[0], tokens[-1]) if token[:1] in _QUOTES or token[-1:] in _QUOTES]
+    if quoted and all(quoted):
+        raise ConfigError(
+            f"--extra-tokens has quotes within its tokens ({' '.join(quoted)}): the shell did not remove them; "
+            "quote the list once, or give a file with one token a line"
+        )
+    return tokens
+
+
+def _resolve(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise DataError(f"there is no tokenizer at {path}; give a {_MODEL}, a {_JSON}, or a folder that holds one")
+    found = find_tokenizer(path)
+    if found is None:
+        raise DataError(f"the folder {path} holds neither {_MODEL} nor {_JSON}; name the tokenizer's file")
+    return found
+
+
+def _open(file: Path, content: bytes) -> tuple[Backend, dict[str, int]]:
+    """The backend of a file, told by its content, and the added tokens beside it that it does not know."""
+    folder = file.parent
+    if content.lstrip()[:1] == b"{":
+        bos, eos = (_sentence_token(folder, name) for name in ("bos_token", "eos_token"))
+        return HuggingFaceBackend(file, content, bos=bos, eos=eos), {}
+    backend = SentencePieceBackend(file, content)
+    return backend, _added_tokens(folder, backend.pieces())
+
+
+def _added_tokens(folder: Path, pieces: dict[int, str]) -> dict[str, int]:
+    """Tokens that the files of a Hugging Face folder append to its `tokenizer.model`, in the order of their ids."""
+    declared: dict[int, str] = {}
+    added = _read_json(folder / _ADDED)
+    decoder = _read_json(folder / _CONFIG).get("added_tokens_decoder", {})
+    try:
+        declared.update({int(identity): token for token, identity in added.items()})
+        declared.update({int(identity): _text(token) for identity, token in decoder.items()})
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise DataError(f"the added tokens in {folder} ({_ADDED}, {_CONFIG}) are damaged: {error}") from error
+    return {token: identity for identity, token in sorted(declared.items()) if identity not in pieces}
+
+
+def _sentence_tokens(folder: Path) -> set[str | None]:
+    return {_sentence_token(folder, "bos_token"), _sentence_token(folder, "eos_token")}
+
+
+def _sentence_token(folder: Path, name: str) -> str | None:
+    for file in (_CONFIG, _SPECIAL):
+        token = _read_json(folder / file).get(name)
+        if token is not None:
+            return _text(token)
+    return None
+
+
+def _text(token: Any) -> str:
+    """A token as the JSON files write it: a string, or an object with its content."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _check_extra(tokens: Sequence[str]) -> None:
+    if "" in tokens:
+        raise ConfigError(f"--extra-tokens {','.join(tokens)!r} has an empty token; remove the comma too many")
+    repeated = sorted({token for token in tokens if list(tokens).count(token) > 1})
+    if repeated:
+        raise ConfigError(f"--extra-tokens names {', '.join(repeated)} more than once; name each token once")

@@ -11,7 +11,7 @@ from megatron.config.key import key
 class ModelSettings:
     """What a run says about its model. Fields are named as in Hugging Face's `config.json`.
 
-    None means: as in the source (`init_from` or a checkpoint); without a source, Llama's default. A value that
+    null means: as in the source (`init_from` or a checkpoint); without a source, Llama's default. A value that
     contradicts the source is an error, so a preset may state the shape that it expects.
     """
 

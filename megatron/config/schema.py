@@ -70,12 +70,16 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
 
 
 def _nearest_key(section: str, name: str) -> str | None:
-    """The same name in another section; else the nearest name in this section; else the nearest anywhere."""
+    """The same name in another section; else the nearest name in this section, or of all if there is none such."""
     homes = [dotted for dotted, key in all_keys().items() if key.name == name]
     if homes:
         return nearest_name(f"{section}.{name}", homes) or homes[0]
-    within = nearest_name(name, _names(section))
-    return f"{section}.{within}" if within else nearest_name(f"{section}.{name}", all_keys())
+    if section not in sections():
+        return nearest_name(f"{section}.{name}", all_keys())
+    names = _names(section)
+    longer = (known for known in names if known in name or name in known)
+    within = nearest_name(name, names) or next(longer, None)
+    return f"{section}.{within}" if within else None
 
 
 def _names(section: str) -> list[str]:

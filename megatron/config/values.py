@@ -88,8 +88,10 @@ def _convert_float(value: Any) -> float:
 def _convert_str(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueProblem("must be text; in a file, put it in quotes")
-    if not value.strip() or "\0" in value:
+    if not value.strip():
         raise ValueProblem("must not be empty; write null for none")
+    if not value.isprintable():
+        raise ValueProblem(f"holds characters that cannot be printed: {value!a}")
     return value
 
 
@@ -114,11 +116,11 @@ def _convert_pair(pair: Any) -> tuple[float, str]:
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         raise ValueProblem(f"has the entry {show(pair)}: {rule}")
     weight, prefix = pair
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isinstance(prefix, str) or not prefix:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isinstance(prefix, str):
         raise ValueProblem(f"has the entry {show(pair)}: {rule}")
     if not (math.isfinite(weight) and weight > 0):
         raise ValueProblem(f"gives {prefix} the weight {show(weight)}: weights must be above 0; leave the entry out")
-    return float(weight), prefix
+    return float(weight), _convert_str(prefix)
 
 
 def _check_range(key: Key, value: float) -> None:

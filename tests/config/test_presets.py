@@ -1,0 +1,68 @@
+"""Every preset loads, fits the grid it is meant for, and describes the model it is named after."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron.config.load import load_config
+from megatron.config.model import ModelSettings
+from megatron.config.presets import preset_names
+from megatron.config.validate import validate_grid
+
+WORLD_SIZES = {
+    "llama2-7b": (2, 8, 64),
+    "llama2-13b": (4, 8, 64),
+    "llama2-70b": (32, 128),
+    "meditron-7b": (64,),
+    "meditron-70b": (128,),
+    "tiny": (1, 2, 4),
+}
+
+PARAMETERS = {
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "meditron-7b": 6_738_415_616 + 2 * 17 * 4096,
+    "meditron-70b": 68_976_648_192 + 2 * 17 * 8192,
+}
+
+
+def parameters(model: ModelSettings) -> int:
+    """The number of weights of a Llama of this shape, counted by hand."""
+    assert model.vocab_size and model.hidden_size and model.intermediate_size and model.num_hidden_layers
+    assert model.num_attention_heads and model.num_key_value_heads and model.tie_word_embeddings is False
+    key_value = model.hidden_size // model.num_attention_heads * model.num_key_value_heads
+    attention = 2 * model.hidden_size * (model.hidden_size + key_value)
+    block = attention + 3 * model.hidden_size * model.intermediate_size + 2 * model.hidden_size
+    return 2 * model.vocab_size * model.hidden_size + model.num_hidden_layers * block + model.hidden_size
+
+
+def test_all_presets_are_tested() -> None:
+    assert preset_names() == sorted(WORLD_SIZES)
+
+
+@pytest.mark.parametrize("name", sorted(WORLD_SIZES))
+def test_a_preset_fits_its_grids(name: str) -> None:
+    config = load_config(name, ["--data.train", "corpus"])
+    for world_size in WORLD_SIZES[name]:
+        validate_grid(config, world_size)
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_a_preset_has_the_published_size(name: str) -> None:
+    assert parameters(load_config(name).model) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("meditron-7b", 3_276_800), ("meditron-70b", 2_097_152)])
+def test_meditron_reads_the_published_number_of_tokens(name: str, tokens: int) -> None:
+    config = load_config(name)
+    assert config.data.sequence_length is not None
+    assert config.train.global_batch * config.data.sequence_length == tokens
+    # The run ends after one of the two epochs that the schedule is made for.
+    assert config.optimizer.decay_steps == pytest.approx(2 * 46.7e9 / tokens, abs=1.5)
+    assert config.train.steps * tokens == pytest.approx(46.7e9, rel=0.04)
+
+
+def test_a_short_try_of_a_preset_needs_no_other_change() -> None:
+    for name in preset_names():
+        load_config(name, ["--train.steps", "5"])

@@ -1,0 +1,131 @@
+"""Rules that tie keys together: each error names the values and what would work, and what it recommends does work."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron.config.load import load_config
+from megatron.config.validate import validate, validate_grid
+from megatron.utils.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint", "cures"),
+    [
+        (
+            ["--train.global_batch=9", "--train.micro_batch=2"],
+            "use a micro batch of 1, 3 or 9, or a global batch of 8 or 10",
+            (["--train.micro_batch=3"], ["--train.global_batch=10"]),
+        ),
+        (
+            ["--data.samples=100"],
+            "use data.samples=800 or more, or train.steps=12 or fewer",
+            (["--data.samples=800"], ["--train.steps=12"]),
+        ),
+        (
+            ["--optimizer.warmup_steps=100"],
+            "use a warm-up of 99 or fewer, or optimizer.decay_steps=101 or more",
+            (["--optimizer.warmup_steps=99"], ["--optimizer.decay_steps=101"], ["--optimizer.decay_style=constant"]),
+        ),
+        (
+            ["--optimizer.warmup_steps=60", "--optimizer.decay_style=wsd", "--optimizer.decay_fraction=0.5"],
+            "use a fraction of 0.4 or less",
+            (["--optimizer.decay_fraction=0.4"],),
+        ),
+        (["--optimizer.min_learning_rate=1"], "is above optimizer.learning_rate", (["--optimizer.learning_rate=1"],)),
+        (["--checkpoint.interval=5"], "without checkpoint.save", (["--checkpoint.save=x"],)),
+        (["--checkpoint.keep_last=5"], "without checkpoint.save", (["--checkpoint.save=x"],)),
+        (["--evaluate.interval=5"], "without data.validation", (["--data.validation=x"],)),
+        (["--log.tensorboard=true"], "without log.dir", (["--log.dir=x"],)),
+        (
+            ["--model.num_attention_heads=6", "--model.num_key_value_heads=4"],
+            "use 1, 2, 3 or 6 key/value heads",
+            (["--model.num_key_value_heads=3"],),
+        ),
+        (
+            ["--model.hidden_size=10", "--model.num_attention_heads=3"],
+            "use 1, 2, 5 or 10 heads, or state model.head_dim",
+            (["--model.num_attention_heads=5"], ["--model.head_dim=4"]),
+        ),
+        (["--model.hidden_size=6", "--model.num_attention_heads=2"], "gives heads of size 3", ()),
+        (["--model.head_dim=3"], "is odd", (["--model.head_dim=4"],)),
+        (
+            ["--model.num_attention_heads=30", "--parallel.tensor=4"],
+            "model.num_attention_heads=30 is not divisible by parallel.tensor=4; use 1, 2, 3, 5, 6, 10, 15 or 30",
+            (["--parallel.tensor=5"],),
+        ),
+        (
+            ["--model.intermediate_size=6", "--parallel.tensor=4"],
+            "use 1, 2, 3 or 6",
+            (["--parallel.tensor=3"],),
+        ),
+        (
+            ["--model.num_attention_heads=12", "--model.num_key_value_heads=4", "--parallel.tensor=6"],
+            "use 1, 2, 4 or 12",
+            (["--parallel.tensor=4"], ["--parallel.tensor=12"]),
+        ),
+        (
+            ["--model.num_hidden_layers=3", "--parallel.pipeline=4"],
+            "use 3 stages or fewer",
+            (["--parallel.pipeline=3"],),
+        ),
+        (
+            ["--data.sequence_length=200", "--model.max_position_embeddings=100"],
+            "use 100 or fewer",
+            (["--data.sequence_length=100"],),
+        ),
+        (
+            ["--data.sequence_length=10", "--parallel.tensor=4"],
+            "use a length of 8 or 12, or parallel.sequence=false",
+            (["--data.sequence_length=12"], ["--parallel.sequence=false"]),
+        ),
+    ],
+)
+def test_each_rule_names_a_cure_that_cures(wrong: list[str], hint: str, cures: tuple[list[str], ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, wrong)
+    assert hint in str(caught.value)
+    assert "problems" not in str(caught.value)
+    for cure in cures:
+        validate(load_config(None, wrong + cure))
+
+
+def test_uneven_stages_and_replicated_key_heads_are_allowed() -> None:
+    load_config(None, ["--model.num_hidden_layers=5", "--parallel.pipeline=2"])
+    load_config(None, ["--model.num_attention_heads=8", "--model.num_key_value_heads=2", "--parallel.tensor=8"])
+
+
+def grid_failure(world_size: int, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate_grid(load_config("tiny", overrides), world_size)
+    return str(caught.value)
+
+
+def test_the_processes_must_fill_the_grid() -> None:
+    message = grid_failure(6, "--parallel.tensor=2", "--parallel.pipeline=2")
+    assert "6 processes cannot be divided by parallel.tensor=2 x parallel.pipeline=2 = 4" in message
+    assert "start 4 or 8 processes, or choose tensor x pipeline = 1, 2, 3 or 6" in message
+    for world_size in (4, 8):
+        validate_grid(load_config("tiny", ["--parallel.tensor=2", "--parallel.pipeline=2"]), world_size)
+    assert "start 4 processes" in grid_failure(2, "--parallel.tensor=4")
+
+
+def test_the_batch_must_fill_the_data_ranks() -> None:
+    message = grid_failure(4, "--train.global_batch=12", "--train.micro_batch=2")
+    assert "train.global_batch=12 is not divisible by 4 data ranks" in message
+    assert "use a global batch of 8 or 16, or a micro batch of 1 or 3" in message
+    for cure in ("--train.global_batch=16", "--train.micro_batch=3"):
+        words = ["--train.global_batch=12", "--train.micro_batch=2", cure]
+        validate_grid(load_config("tiny", words), 4)
+    assert "micro batch of" not in grid_failure(4, "--train.global_batch=6", "--train.micro_batch=2")
+
+
+def test_training_needs_data() -> None:
+    assert "data.train is not set" in grid_failure(1, "--data.train=null")
+
+
+def test_the_resolved_model_decides_where_it_is_known() -> None:
+    config = load_config(None, ["--data.train=x", "--parallel.tensor=4"])
+    validate_grid(config, 4)
+    with pytest.raises(ConfigError, match=r"model\.num_attention_heads=6 is not divisible by parallel\.tensor=4"):
+        validate_grid(config, 4, {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 4})

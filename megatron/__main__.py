@@ -126,6 +126,8 @@ def _help() -> str:
 
 
 def _unknown_verb(word: str) -> str:
+    if word.startswith("-"):
+        return f"unknown option {word!r}; the verb comes first: megatron VERB ...; see megatron --help"
     guess = difflib.get_close_matches(word, VERBS, n=1)
     hint = f"did you mean {guess[0]}?" if guess else f"the verbs are {', '.join(VERBS)}"
     return f"unknown verb {word!r}; {hint}"

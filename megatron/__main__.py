@@ -3,8 +3,8 @@
 Exit codes: what the verb returns; 2 for an error that the user can mend, with a message and no traceback; 130 after
 Ctrl-C. Anything else that escapes is a bug and keeps its traceback.
 
-Under torchrun every process runs this. A `MegatronError` is then by rule one that all processes meet alike (`train`
-and `evaluate` agree on errors between ranks), so only the first process of each machine prints it.
+Under torchrun every process runs this. A `MegatronError` that is not `alone` is then by rule one that all processes meet
+alike (`train` and `evaluate` agree on errors between ranks), so only the first process of each machine prints it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import difflib
 import errno
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -61,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except MegatronError as error:
-        if _is_first_of_machine():
+        if error.alone or _is_first_of_machine():
             _say(program, f"error: {error}")
         return USER_ERROR
     except KeyboardInterrupt:
@@ -143,12 +144,16 @@ def _is_first_of_machine() -> bool:
 def _reader_left() -> bool:
     """Whether it is our standard output that nobody reads any more (`megatron inspect X | head`)."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at exit; what is left goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        output = sys.stdout.fileno()
+    except OSError:
+        return False  # no file, as when output is captured
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    # Python flushes once more at exit; what is left goes nowhere.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _describe(error: OSError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -188,9 +189,11 @@ def test_help_is_instant() -> None:
     assert min(seconds() for _ in range(5)) < 0.5
 
 
-def test_nobody_reads_the_output_any_more() -> None:
-    # It writes into a pipe whose reader has gone.
-    process = subprocess.Popen([*MODULE, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_reads_the_output_any_more(unbuffered: str) -> None:
+    # It writes into a pipe whose reader has gone, at once or when it flushes.
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen([*MODULE, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout is not None
     process.stdout.close()
     _, errors = process.communicate()

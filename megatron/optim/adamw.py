@@ -51,6 +51,11 @@ class AdamW:
                 self._runs[matrix].append(_Run(master, gradients[start:stop], exp_avg, exp_avg_sq, updates))
 
     @property
+    def has_masters(self) -> bool:
+        """Whether masters are kept beside the weights, since these have another dtype."""
+        return any(bucket.weights.dtype != bucket.gradients.dtype for bucket in self.buckets)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank, the weights themselves not counted."""
         total = 0

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 
 class MegatronError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can mend. `alone`: other processes of the run do not raise the same."""
+
+    alone = False
 
 
 class ConfigError(MegatronError):
@@ -24,4 +26,6 @@ class CheckpointError(MegatronError):
 
 
 class ResourceError(MegatronError):
-    """The machine ran out of something: device memory, disk space, time."""
+    """This process ran out of something: device memory, disk space, time."""
+
+    alone = True

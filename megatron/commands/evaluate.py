@@ -1,0 +1,61 @@
+"""`megatron evaluate`: the mean loss of a model over a token stream, as one JSON line."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "measure a model's loss and perplexity on a .bin/.idx pair"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--load", required=True, metavar="FOLDER", help="a checkpoint or a Hugging Face folder")
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="prefix of the .bin/.idx pair")
+    parser.add_argument(
+        "--sequence-length",
+        type=_positive,
+        metavar="N",
+        help="tokens per window (default: the model's max_position_embeddings)",
+    )
+    parser.add_argument("--micro-batch", type=_positive, default=1, metavar="N", help="windows at a time (default 1)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="arithmetic (default fp32)"
+    )
+    grid = parser.add_argument_group("grid under torchrun (what is left of the processes shares the windows)")
+    grid.add_argument("--tensor", "--parallel.tensor", dest="tensor", type=_positive, default=1, metavar="N")
+    grid.add_argument("--pipeline", "--parallel.pipeline", dest="pipeline", type=_positive, default=1, metavar="N")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+    import sys
+
+    from megatron.evaluate.run import evaluate_folder
+    from megatron.parallel.world import start_world
+
+    world = start_world(timeout_s=1800)
+    try:
+        result = evaluate_folder(
+            world,
+            load=arguments.load,
+            data=arguments.data,
+            sequence_length=arguments.sequence_length,
+            micro_batch=arguments.micro_batch,
+            precision=arguments.precision,
+            tensor=arguments.tensor,
+            pipeline=arguments.pipeline,
+        )
+    finally:
+        world.close()
+    if world.launch.rank == 0:
+        fields = dataclasses.asdict(result)
+        sys.stdout.write(json.dumps({"loss": fields["loss"], "perplexity": result.perplexity, "tokens": fields["tokens"]}))
+        sys.stdout.write("\n")
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number

@@ -1,0 +1,29 @@
+"""`megatron train`: train a model, from the start or from where the last run of the same command stopped."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "train a model, alone or under torchrun"
+TAKES_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="configuration file, or the name of a preset (see docs)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from megatron.config.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+
+    from megatron.parallel.world import start_world
+    from megatron.train.build import build_trainer
+
+    world = start_world(config.parallel.timeout_s)
+    try:
+        with build_trainer(config, world) as trainer:
+            trainer.fit()
+    finally:
+        world.close()
+    return 0

@@ -1,0 +1,1 @@
+"""Measuring a model: the mean loss over token streams."""

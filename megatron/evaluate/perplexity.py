@@ -1,0 +1,65 @@
+"""Token-weighted mean loss of a model over a fixed set of windows: the same on any grid."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron.data.dataset import Dataset
+from megatron.data.loader import BatchLoader, MicroBatch
+from megatron.model.stage import run_micro_batches
+from megatron.model.transformer import Transformer
+from megatron.parallel.collectives import all_reduce
+from megatron.parallel.pipeline.schedule import forward_only
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats per token over `tokens` predictions."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700.0 else math.inf
+
+
+def evaluate(model: Transformer, dataset: Dataset, *, micro_batch: int, micro_batches: int = 1) -> Evaluation:
+    """The mean loss over all samples of `dataset`; every rank gets the result.
+
+    Samples are dealt to the data ranks in turns of `micro_batches` × `micro_batch`; what the last turn lacks is filled with
+    samples that carry no loss.
+    """
+    context = model.context
+    device = next(model.parameters()).device
+    global_batch = micro_batch * micro_batches * context.data.size
+    actions = forward_only(context.pp.size, micro_batches)[context.pp.rank]
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    loader = BatchLoader(
+        dataset,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        rank=context.data.rank,
+        size=context.data.size,
+        vocab_size=model.config.vocab_size,
+        pad_last=True,
+    )
+    with loader, torch.no_grad():
+        for _ in range(math.ceil(len(dataset) / global_batch)):
+            batches = [to_device(batch, device) for batch in loader.next_batch()]
+            totals += run_micro_batches(model, batches, actions)
+    loss, tokens = all_reduce(totals, context.loss).tolist()
+    return Evaluation(loss / max(tokens, 1.0), round(tokens))
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch on `device`; the copy does not hold up the host."""
+    if device.type == "cpu":
+        return batch
+    return MicroBatch(
+        batch.tokens.pin_memory().to(device, non_blocking=True), batch.labels.pin_memory().to(device, non_blocking=True)
+    )

@@ -1,0 +1,74 @@
+"""Evaluates a model folder on a token stream: all of `megatron evaluate` but its words."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron.checkpoint.check import check_weights
+from megatron.checkpoint.source import Source, open_source
+from megatron.checkpoint.weights import load_weights
+from megatron.data.build import check_tokenizer
+from megatron.data.windows import StreamWindows
+from megatron.evaluate.perplexity import Evaluation, evaluate
+from megatron.model.config import ModelConfig
+from megatron.model.specs import canonical_shapes
+from megatron.model.transformer import Transformer
+from megatron.parallel.mesh import Grid, connect
+from megatron.parallel.world import World
+from megatron.tokenizer import find_tokenizer, load_tokenizer
+from megatron.utils.errors import ConfigError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def evaluate_folder(
+    world: World,
+    *,
+    load: str,
+    data: str,
+    sequence_length: int | None,
+    micro_batch: int,
+    precision: str,
+    tensor: int,
+    pipeline: int,
+) -> Evaluation:
+    """Mean loss over the stream `data`; all ranks call it and get the same result on any grid.
+
+    Raises an error of ours, alike on all ranks, where folder, data or grid do not fit each other.
+    """
+    source = world.agree(lambda: open_source(load))
+    config = world.agree(lambda: _check_model(source))
+    length = sequence_length or config.max_position_embeddings
+    grid = world.agree(lambda: _check_grid(world.launch.world_size, tensor, pipeline))
+    dataset = world.agree(lambda: _open_data(source, config, data, length))
+    # Split sequences need lengths that divide; others are evaluated without.
+    context = connect(
+        grid,
+        world.launch.rank,
+        sequence=length % tensor == 0,
+        num_key_value_heads=config.num_key_value_heads,
+    )
+    model = world.agree(lambda: Transformer(config, context, DTYPES[precision], world.device))
+    world.agree(lambda: load_weights(model, source))
+    return evaluate(model, dataset, micro_batch=micro_batch, micro_batches=grid.pipeline)
+
+
+def _check_model(source: Source) -> ModelConfig:
+    config = ModelConfig.from_huggingface(source.model_config)
+    check_weights(source, canonical_shapes(config))
+    return config
+
+
+def _check_grid(world_size: int, tensor: int, pipeline: int) -> Grid:
+    if tensor * pipeline > world_size:
+        raise ConfigError(
+            f"--tensor {tensor} x --pipeline {pipeline} needs {tensor * pipeline} processes, {world_size} were started; "
+            f"use torchrun --nproc-per-node {tensor * pipeline}."
+        )
+    return Grid.of_world(world_size, tensor, pipeline)
+
+
+def _open_data(source: Source, config: ModelConfig, data: str, sequence_length: int) -> StreamWindows:
+    path = find_tokenizer(source.folder)
+    check_tokenizer([data], None if path is None else load_tokenizer(path).fingerprint, config.vocab_size)
+    return StreamWindows(data, sequence_length)

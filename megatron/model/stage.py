@@ -1,0 +1,49 @@
+"""Runs micro-batches through one rank's part of the model: what the pipeline engine calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from megatron.model.loss import IGNORED
+from megatron.model.transformer import Transformer
+from megatron.parallel.pipeline.engine import Activations, run_stage
+from megatron.parallel.pipeline.schedule import Action
+
+
+class Batch(Protocol):
+    """A micro-batch: `tokens` and `labels` i64[b, s], labels possibly IGNORED."""
+
+    @property
+    def tokens(self) -> torch.Tensor: ...
+
+    @property
+    def labels(self) -> torch.Tensor: ...
+
+
+def run_micro_batches(
+    model: Transformer,
+    micro_batches: Sequence[Batch],
+    actions: Sequence[Action],
+    before_last_backward: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Run this stage's actions over the micro-batches, all of one shape and on the model's device.
+
+    Returns [loss sum, number of loss-carrying tokens] of this data rank, in max(float32, dtype): both are zero except
+    on the last stage. Gradients are those of the loss *sum*.
+    """
+    context, weight = model.context, next(model.parameters())
+    batch, sequence_length = micro_batches[0].tokens.shape
+    share = sequence_length // context.tp.size if context.sequence else sequence_length
+    activations = Activations((share, batch, model.config.hidden_size), weight.dtype, weight.device)
+
+    def stage(number: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        output = model(micro_batches[number].tokens, hidden)
+        return model.token_losses(output, micro_batches[number].labels).sum() if model.is_last else output
+
+    loss = run_stage(actions, stage, context, activations, before_last_backward)
+    counts = [micro_batch.labels.ne(IGNORED).sum() for micro_batch in micro_batches] if model.is_last else []
+    count = torch.stack(counts).sum().to(loss.dtype) if counts else torch.zeros_like(loss)
+    return torch.stack((loss, count))

@@ -1,0 +1,280 @@
+"""From a configuration to a trainer that stands where the run should start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.config.data import SYNTHETIC
+from megatron.config.dump import dump_config, to_dict
+from megatron.config.run import RunConfig
+from megatron.config.validate import validate_grid
+from megatron.data.build import build_train_dataset, build_validation_dataset, check_tokenizer, data_prefixes
+from megatron.data.indexed import IndexedReader
+from megatron.data.loader import BatchLoader
+from megatron.evaluate.perplexity import Evaluation, evaluate
+from megatron.model.flops import model_flops_per_token
+from megatron.model.transformer import Transformer
+from megatron.parallel.mesh import Grid, ParallelContext, connect
+from megatron.parallel.pipeline.partition import describe_partition
+from megatron.parallel.world import World
+from megatron.tokenizer import find_tokenizer, load_tokenizer
+from megatron.train.checkpoints import Checkpoints, check_resume, start_from
+from megatron.train.hooks import Report, Save
+from megatron.train.metrics import Metrics, Speed
+from megatron.train.origin import Origin, find_origin
+from megatron.train.signals import STOP_FILE, StopWish
+from megatron.train.sinks import open_sinks
+from megatron.train.state import Progress
+from megatron.train.step import TrainingStep
+from megatron.train.trainer import Trainer
+from megatron.utils.device import peak_flops_per_s, seed_everything
+from megatron.utils.files import ensure_writable_folder, write_atomically
+from megatron.utils.logging import get_logger
+from megatron.utils.units import format_bytes, format_count
+
+_logger = get_logger("megatron.train")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The values that follow from the configuration, the model and the number of processes."""
+
+    grid: Grid
+    sequence_length: int
+    sequence_parallel: bool
+    zero: int
+    samples: int
+    decay_steps: int
+    micro_batches: int
+
+
+def make_plan(config: RunConfig, origin: Origin, world_size: int) -> Plan:
+    """Fill in what the configuration leaves open. Raises ConfigError for what cannot be run on this many processes."""
+    validate_grid(config, world_size, dataclasses.asdict(origin.model))
+    parallel, train = config.parallel, config.train
+    grid = Grid.of_world(world_size, parallel.tensor, parallel.pipeline)
+    return Plan(
+        grid=grid,
+        sequence_length=config.data.sequence_length or origin.model.max_position_embeddings,
+        sequence_parallel=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
+        zero=int(grid.data > 1) if parallel.zero is None else parallel.zero,
+        samples=config.data.samples or train.steps * train.global_batch,
+        decay_steps=config.optimizer.decay_steps or train.steps,
+        micro_batches=train.global_batch // (train.micro_batch * grid.data),
+    )
+
+
+@contextmanager
+def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
+    """Everything that `megatron train` needs, made alike on all ranks; closed at the end."""
+    world.agree(lambda: _prepare_folders(config, world))
+    seed_everything(config.train.seed, config.train.deterministic)
+    origin = find_origin(config, world)
+    plan = world.agree(lambda: make_plan(config, origin, world.launch.world_size))
+    tokenizer_files = world.agree(lambda: _check_tokenizer(config, origin))
+    data_state = world.agree(lambda: describe_order(config, plan))
+    progress = world.agree(lambda: _restore_progress(config, origin, data_state))
+    context = connect(
+        plan.grid,
+        world.launch.rank,
+        sequence=plan.sequence_parallel,
+        num_key_value_heads=origin.model.num_key_value_heads,
+        timeout_s=config.parallel.timeout_s,
+    )
+    step = _build_step(config, plan, origin, context, world)
+    world.agree(lambda: start_from(origin, step, config.train.seed))
+    with ExitStack() as stack:
+        checkpoints = Checkpoints(config, world, context, origin, tokenizer_files, data_state)
+        loader = stack.enter_context(world.agree(lambda: _open_loader(config, plan, origin, context, progress)))
+        sinks = world.agree(
+            lambda: open_sinks(config.log, progress.step, to_dict(config)) if world.launch.rank == 0 else []
+        )
+        for sink in sinks:
+            stack.callback(sink.close)
+        speed = Speed(
+            model_flops_per_token(origin.model, plan.sequence_length),
+            peak_flops_per_s(world.device, DTYPES[config.train.precision]),
+            world.launch.world_size,
+        )
+        metrics = Metrics(speed, progress)
+        report = Report(
+            metrics,
+            sinks,
+            steps=config.train.steps,
+            interval=config.log.interval,
+            evaluate=world.agree(lambda: _validation(config, plan, origin, step.model)),
+            evaluate_interval=config.evaluate.interval,
+        )
+        stop_file = Path(config.log.dir) / STOP_FILE if config.log.dir and world.launch.rank == 0 else None
+        wish = stack.enter_context(StopWish(stop_file))
+        _describe_run(config, plan, origin, step, world, progress)
+
+        def save() -> None:
+            checkpoints.save(step, progress)
+
+        yield Trainer(
+            world,
+            step,
+            loader,
+            progress,
+            [report, Save(save, metrics, config.checkpoint.interval)],
+            wish,
+            save,
+            steps=config.train.steps,
+            global_batch=config.train.global_batch,
+        )
+
+
+def describe_order(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """What the order of the samples depends on: the position in it means the same only where all this is the same.
+
+    Sources are known by their sizes, not by their paths, so that data may move.
+    """
+    data = config.data
+    order: dict[str, Any] = {
+        "data.order": data.order,
+        "data.seed": data.seed,
+        "data.sequence_length": plan.sequence_length,
+    }
+    if data.order == "megatron" and data.train != SYNTHETIC:
+        order["data.samples"] = plan.samples
+    if data.train == SYNTHETIC or data.train is None:
+        order["data.train"] = data.train
+    else:
+        blend = [[1.0, data.train]] if isinstance(data.train, str) else data.train
+        readers = [(weight, IndexedReader(str(prefix))) for weight, prefix in blend]
+        order["data.train"] = [
+            {"weight": weight, "sequences": len(reader), "tokens": int(reader.num_tokens)} for weight, reader in readers
+        ]
+    return order
+
+
+def _prepare_folders(config: RunConfig, world: World) -> None:
+    """Find out now, not at the first save, that a folder cannot be written."""
+    if world.launch.rank != 0:
+        return
+    if config.checkpoint.save is not None:
+        ensure_writable_folder(Path(config.checkpoint.save), "checkpoint.save")
+    if config.log.dir is not None:
+        ensure_writable_folder(Path(config.log.dir), "log.dir")
+        write_atomically(Path(config.log.dir) / "config.yaml", dump_config(config))
+
+
+def _check_tokenizer(config: RunConfig, origin: Origin) -> list[Path]:
+    """Compare data and model through the tokenizer, where there is one; returns the files to save along."""
+    path = None if config.tokenizer.path is None else Path(config.tokenizer.path)
+    carried = [] if origin.source is None else list(origin.source.tokenizer_files)
+    if path is None and origin.source is not None:
+        path = find_tokenizer(origin.source.folder)
+    tokenizer = None if path is None else load_tokenizer(path)
+    check_tokenizer(data_prefixes(config.data), None if tokenizer is None else tokenizer.fingerprint, origin.model.vocab_size)
+    if config.tokenizer.path is not None and tokenizer is not None:
+        others = {file.name for file in tokenizer.files}
+        carried = [file for file in carried if file.name not in others] + list(tokenizer.files)
+    return carried
+
+
+def _restore_progress(config: RunConfig, origin: Origin, data_state: dict[str, Any]) -> Progress:
+    if not origin.resume or origin.source is None:
+        return Progress()
+    check_resume(config, origin.source, data_state)
+    return Progress.from_dict(origin.source.state or {}, str(origin.source.folder))
+
+
+def _build_step(
+    config: RunConfig, plan: Plan, origin: Origin, context: ParallelContext, world: World
+) -> TrainingStep:
+    model = Transformer(origin.model, context, DTYPES[config.train.precision], world.device)
+    return TrainingStep(
+        model,
+        context,
+        config.optimizer,
+        micro_batches=plan.micro_batches,
+        zero=plan.zero,
+        decay_steps=plan.decay_steps,
+    )
+
+
+def _open_loader(
+    config: RunConfig, plan: Plan, origin: Origin, context: ParallelContext, progress: Progress
+) -> BatchLoader:
+    dataset = build_train_dataset(
+        config.data,
+        sequence_length=plan.sequence_length,
+        samples=plan.samples,
+        vocab_size=origin.model.vocab_size,
+    )
+    return BatchLoader(
+        dataset,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=context.data.rank,
+        size=context.data.size,
+        vocab_size=origin.model.vocab_size,
+        position=progress.consumed_samples,
+    )
+
+
+def _validation(config: RunConfig, plan: Plan, origin: Origin, model: Transformer) -> Any:
+    """A function that evaluates the fixed validation set; None where none is asked for."""
+    if config.evaluate.interval is None:
+        return None
+    dataset = build_validation_dataset(
+        config.data,
+        sequence_length=plan.sequence_length,
+        samples=config.evaluate.batches * config.train.global_batch,
+        vocab_size=origin.model.vocab_size,
+    )
+    if dataset is None:
+        return None
+
+    def run() -> Evaluation:
+        return evaluate(
+            model, dataset, micro_batch=config.train.micro_batch, micro_batches=plan.micro_batches
+        )
+
+    return run
+
+
+def _describe_run(
+    config: RunConfig, plan: Plan, origin: Origin, step: TrainingStep, world: World, progress: Progress
+) -> None:
+    grid, model = plan.grid, origin.model
+    _logger.info(
+        "model: %s parameters, %d layers (%s), from %s",
+        format_count(model.num_parameters),
+        model.num_hidden_layers,
+        f"stages of {describe_partition(model.num_hidden_layers, grid.pipeline)}" if grid.pipeline > 1 else "one stage",
+        origin.description,
+    )
+    _logger.info(
+        "grid: tensor %d x data %d x pipeline %d on %d %s%s%s; %s; optimizer state %s on rank 0",
+        grid.tensor,
+        grid.data,
+        grid.pipeline,
+        grid.world_size,
+        "processes" if world.device.type == "cpu" else "GPUs",
+        ", sequence parallel" if step.context.sequence else "",
+        f", ZeRO-{plan.zero}" if plan.zero else "",
+        config.train.precision,
+        format_bytes(step.optimizer.state_bytes),
+    )
+    _logger.info(
+        "steps %d to %d, each %d sequences of %d tokens in %d micro-batches of %d per data rank",
+        progress.step + 1,
+        config.train.steps,
+        config.train.global_batch,
+        plan.sequence_length,
+        plan.micro_batches,
+        config.train.micro_batch,
+    )
+
+

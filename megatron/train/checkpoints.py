@@ -1,0 +1,137 @@
+"""Between the trainer and the checkpoint package: restoring a run, saving it, and what may change between the two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.manager import apply_retention
+from megatron.checkpoint.native import step_folder
+from megatron.checkpoint.source import Source
+from megatron.checkpoint.store import save_checkpoint
+from megatron.checkpoint.weights import load_weights
+from megatron.config.dump import differences, dump_config, to_dict
+from megatron.config.run import RunConfig
+from megatron.model.initialize import initialize
+from megatron.model.transformer import Transformer
+from megatron.optim.adamw import AdamW
+from megatron.parallel.layers import ShardedParameter
+from megatron.parallel.mesh import ParallelContext
+from megatron.parallel.world import World
+from megatron.train.origin import Origin
+from megatron.train.state import Progress
+from megatron.train.step import TrainingStep
+from megatron.utils.errors import ConfigError
+from megatron.utils.logging import get_logger
+
+_logger = get_logger(__name__)
+
+
+def start_from(origin: Origin, step: TrainingStep, seed: int) -> None:
+    """Fill weights, masters and, where a run is resumed, the optimizer's state from where the run starts."""
+    if origin.source is None:
+        initialize(step.model, origin.model, seed)
+        step.optimizer.reset_masters()
+        return
+    load_weights(step.model, origin.source)
+    # Stored in a higher precision than the weights here, the masters keep it.
+    _load_state(step.optimizer, origin.source, "master", "master" if origin.source.shapes("master") else "weights")
+    if origin.resume:
+        for kind in ("exp_avg", "exp_avg_sq"):
+            _load_state(step.optimizer, origin.source, kind, kind)
+        step.optimizer.set_updates(int((origin.source.state or {}).get("updates", 0)))
+
+
+def _load_state(optimizer: AdamW, source: Source, kind: str, stored_kind: str) -> None:
+    if kind != "master" or optimizer.has_masters:
+        for region, view in optimizer.state_regions(kind):
+            source.read(region, view, stored_kind)
+
+
+def check_resume(config: RunConfig, source: Source, data: Mapping[str, Any]) -> None:
+    """Compare a resumed run's configuration with the saved one: list what differs, refuse what must not.
+
+    `data` describes the order of the samples. Raises ConfigError for another order: the position in it would mean
+    other samples, so some would be read twice and others never.
+    """
+    saved = (source.state or {}).get("data", {})
+    changed = [key for key in data if key in saved and saved[key] != data[key]]
+    if changed:
+        listed = "; ".join(f"{key} was {json.dumps(saved[key])}, now {json.dumps(data[key])}" for key in changed)
+        raise ConfigError(
+            f"{source.folder} was trained on another order of samples: {listed}. Set {', '.join(changed)} as it was to "
+            "resume, or start a new run from these weights with model.init_from and another checkpoint.save."
+        )
+    for line in differences(source.run_config or {}, to_dict(config)):
+        _logger.info("changed since the checkpoint: %s", line)
+
+
+class Checkpoints:
+    """Saves one run into its folder; `folder` None saves nothing."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        context: ParallelContext,
+        origin: Origin,
+        tokenizer_files: Sequence[Path],
+        data: Mapping[str, Any],
+    ) -> None:
+        self.config, self.world, self.context, self.origin = config, world, context, origin
+        self.tokenizer_files, self.data = tokenizer_files, data
+        self.folder = None if config.checkpoint.save is None else Path(config.checkpoint.save)
+        self._last_saved: int | None = None
+
+    def save(self, step: TrainingStep, progress: Progress) -> None:
+        """Write `SAVE/step_…` from all ranks together, unless this very step was saved just before."""
+        if self.folder is None or self._last_saved == progress.step:
+            return
+        folder = self.folder / step_folder(progress.step)
+        first_copy = self.context.data.rank == 0
+        tensors: dict[str, list[tuple[Any, torch.Tensor]]] = {"weights": []}
+        if first_copy:
+            tensors["weights"] = list(_weight_regions(step.model))
+        # Without sharding every data rank holds the same state, and the first writes it.
+        if first_copy or self._sharded(step):
+            for kind in AdamW.STATE_KINDS:
+                if kind != "master" or step.optimizer.has_masters:
+                    tensors[kind] = list(step.optimizer.state_regions(kind, copies=False))
+        save_checkpoint(
+            folder,
+            rank=self.world.launch.rank,
+            exchange=self.world.exchange,
+            tensors=tensors,
+            state={
+                **progress.to_dict(),
+                "updates": step.optimizer.updates,
+                "data": dict(self.data),
+                "grid": {"tensor": self.context.tp.size, "pipeline": self.context.pp.size, "data": self.context.data.size},
+            },
+            model_config={**self.origin.huggingface, **_dtype_names(step.model)},
+            run_config_yaml=dump_config(self.config),
+            tokenizer_files=self.tokenizer_files,
+        )
+        self._last_saved = progress.step
+        _logger.info("saved %s", folder)
+        if self.world.launch.rank == 0:
+            apply_retention(self.folder, self.config.checkpoint.keep_last)
+
+    def _sharded(self, step: TrainingStep) -> bool:
+        return any(bucket.owned_weights.numel() < bucket.weights.numel() for bucket in step.buckets)
+
+
+def _weight_regions(model: Transformer) -> Any:
+    for parameter in model.parameters():
+        assert isinstance(parameter, ShardedParameter)
+        yield from parameter.spec.regions(parameter.detach(), copies=False)
+
+
+def _dtype_names(model: Transformer) -> dict[str, str]:
+    """The weights' dtype in the spellings of transformers 4 and 5."""
+    name = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return {"torch_dtype": name, "dtype": name}

@@ -1,0 +1,69 @@
+"""What happens after a step besides training: reporting, validation, saving. Each knows its own interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from megatron.evaluate.perplexity import Evaluation
+from megatron.train.metrics import Metrics, progress_line
+from megatron.train.sinks import Sink
+from megatron.train.state import Progress
+from megatron.train.step import StepOutcome
+from megatron.utils.logging import get_logger
+
+_logger = get_logger("megatron.train")
+
+
+class Hook(Protocol):
+    """Called on all ranks alike after each step; `last` tells that the run is about to end."""
+
+    def after_step(self, progress: Progress, outcome: StepOutcome, last: bool) -> None: ...
+
+
+class Report:
+    """Figures to the sinks and a line for people; with them the validation loss, where it is due.
+
+    All ranks hold the figures; those with sinks write them.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        sinks: Sequence[Sink],
+        *,
+        steps: int,
+        interval: int,
+        evaluate: Callable[[], Evaluation] | None,
+        evaluate_interval: int | None,
+    ) -> None:
+        self.metrics, self.sinks, self.steps, self.interval = metrics, sinks, steps, interval
+        self.evaluate, self.evaluate_interval = evaluate, evaluate_interval
+
+    def after_step(self, progress: Progress, outcome: StepOutcome, last: bool) -> None:
+        self.metrics.record(outcome)
+        validate = self.evaluate_interval is not None and (last or progress.step % self.evaluate_interval == 0)
+        if not (validate or last or progress.step % self.interval == 0):
+            return
+        figures = self.metrics.figures(progress)
+        _logger.info(progress_line(progress.step, self.steps, figures))
+        if validate and self.evaluate is not None:
+            with self.metrics.paused():
+                evaluation = self.evaluate()
+            figures["validation_loss"] = evaluation.loss
+            figures["validation_perplexity"] = evaluation.perplexity
+            _logger.info("step %d  validation loss %.4f  perplexity %.3f", progress.step, *list(figures.values())[-2:])
+        for sink in self.sinks:
+            sink.write(progress.step, figures)
+
+
+class Save:
+    """A checkpoint at each interval. The one at the end is the trainer's, since a stop is not known here."""
+
+    def __init__(self, save: Callable[[], None], metrics: Metrics, interval: int | None) -> None:
+        self.save, self.metrics, self.interval = save, metrics, interval
+
+    def after_step(self, progress: Progress, outcome: StepOutcome, last: bool) -> None:
+        if self.interval is not None and progress.step % self.interval == 0:
+            with self.metrics.paused():
+                self.save()

@@ -1,0 +1,65 @@
+"""Stopping together: signals and the stop file make a wish, a vote makes it everybody's decision.
+
+The vote is started before a step and counted after it, so no step waits for it; all ranks stop after the same step.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from megatron.utils.logging import get_logger
+
+_logger = get_logger(__name__)
+
+STOP_FILE = "STOP"
+# Launchers pass a Ctrl-C on that the terminal already delivered: only a later one means "at once".
+_SAME_WISH_S = 5.0
+
+
+class StopWish:
+    """Whether this process was asked to stop: by SIGTERM, Ctrl-C or, on the rank that looks for it, the stop file."""
+
+    def __init__(self, stop_file: Path | None) -> None:
+        self._stop_file = stop_file
+        self._signalled_at: float | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+        self.reason = ""
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def wanted(self) -> bool:
+        """Whether to stop after the present step."""
+        if self.reason == "" and self._stop_file is not None and self._stop_file.exists():
+            self.reason = f"found {self._stop_file}"
+            # It has been heard; left there it would stop the next start as well.
+            _remove(self._stop_file)
+        return self.reason != ""
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+            self.reason = f"received {signal.Signals(number).name}"
+        elif number == signal.SIGINT and now - self._signalled_at > _SAME_WISH_S:
+            raise KeyboardInterrupt
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        _logger.warning("%s cannot be removed (%s); the next start will stop at once", path, error.strerror or error)
+

@@ -1,0 +1,92 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megatron.data.loader import BatchLoader, MicroBatch
+from megatron.evaluate.perplexity import to_device
+from megatron.parallel.world import World
+from megatron.train.hooks import Hook
+from megatron.train.signals import StopWish
+from megatron.train.state import Progress
+from megatron.train.step import StepOutcome, TrainingStep
+from megatron.utils.device import memory_report
+from megatron.utils.errors import MegatronError, ResourceError
+from megatron.utils.logging import get_logger
+
+_logger = get_logger("megatron.train")
+
+# What a rank votes for while a step runs; the largest ballot counts.
+_GO_ON, _STOP, _FAILED = 0, 1, 2
+
+
+class Trainer:
+    """Runs steps until `steps` are done or all ranks agreed to stop, then saves.
+
+    `loader` continues at `progress`; `save` writes a checkpoint of the present state.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        step: TrainingStep,
+        loader: BatchLoader,
+        progress: Progress,
+        hooks: Sequence[Hook],
+        wish: StopWish,
+        save: Callable[[], None],
+        *,
+        steps: int,
+        global_batch: int,
+    ) -> None:
+        self.world, self.step, self.loader, self.progress = world, step, loader, progress
+        self.hooks, self.wish, self.save = hooks, wish, save
+        self.steps, self.global_batch = steps, global_batch
+
+    def fit(self) -> None:
+        """Train. Errors of one rank are raised on all, after the present state was saved."""
+        if self.progress.step >= self.steps:
+            _logger.info("nothing to do: step %d of train.steps=%d is done", self.progress.step, self.steps)
+            return
+        batch = self.world.agree(self.loader.next_batch)
+        ballot = _GO_ON
+        while self.progress.step < self.steps and ballot == _GO_ON:
+            # The next batch is fetched and the vote taken behind this step, so neither holds it up.
+            upcoming, failure = self._fetch_next()
+            vote = self.world.vote(_FAILED if failure else _STOP if self.wish.wanted() else _GO_ON)
+            outcome = self._train_on(batch)
+            self.progress.advance(self.global_batch, batch[0].tokens.shape[1])
+            for hook in self.hooks:
+                hook.after_step(self.progress, outcome, last=self.progress.step == self.steps)
+            ballot, batch = vote.result(), upcoming
+        self.save()
+        if ballot == _FAILED:
+            self.world.raise_together(failure)
+        if self.progress.step < self.steps:
+            reason = next(filter(None, self.world.exchange(self.wish.reason)), "asked to stop")
+            _logger.info(
+                "stopped after step %d (%s); run the same command again to continue", self.progress.step, reason
+            )
+
+    def _fetch_next(self) -> tuple[list[MicroBatch], MegatronError | None]:
+        """The micro-batches of the step after the present one (none after the last), or why there are none."""
+        if self.progress.step + 1 >= self.steps:
+            return [], None
+        try:
+            return self.loader.next_batch(), None
+        except MegatronError as error:
+            return [], error
+
+    def _train_on(self, batch: Sequence[MicroBatch]) -> StepOutcome:
+        try:
+            micro_batches = [to_device(micro_batch, self.world.device) for micro_batch in batch]
+            return self.step(micro_batches, self.progress.step + 1)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"rank {self.world.launch.rank} ran out of device memory in step {self.progress.step + 1}: "
+                f"{memory_report(self.world.device)}. Make train.micro_batch or data.sequence_length smaller, or spread "
+                "the model over more GPUs with parallel.tensor or parallel.pipeline."
+            ) from error

@@ -3,8 +3,9 @@
 Exit codes: what the verb returns; 2 for an error that the user can mend, with a message and no traceback; 130 after
 Ctrl-C. Anything else that escapes is a bug and keeps its traceback.
 
-Under torchrun every process runs this. A `MegatronError` that is not `alone` is then by rule one that all processes meet
-alike (`train` and `evaluate` agree on errors between ranks), so only the first process of each machine prints it.
+Under torchrun every process runs this. A `MegatronError` is by rule one that all processes meet alike (`train` and
+`evaluate` agree on errors between ranks), so only the first process of each machine prints it. One that is `alone`
+(this process ran out of memory) is printed by the process that met it.
 """
 
 from __future__ import annotations

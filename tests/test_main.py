@@ -15,7 +15,7 @@ import pytest
 
 import megatron
 from megatron.__main__ import VERBS, main
-from megatron.utils.errors import DataError
+from megatron.utils.errors import DataError, MegatronError, ResourceError
 
 MODULE = [sys.executable, "-m", "megatron"]
 
@@ -106,21 +106,29 @@ def test_an_error_of_the_user_is_a_message(verb: Callable[..., None], capsys: py
     assert capsys.readouterr().err == "megatron train: error: x.bin is 7 bytes short\n"
 
 
-@pytest.mark.parametrize(("local_rank", "says"), [("0", True), ("1", False)])
+@pytest.mark.parametrize(
+    ("error", "local_rank", "says"),
+    [
+        (DataError("x.bin is 7 bytes short"), "0", True),
+        (DataError("x.bin is 7 bytes short"), "1", False),
+        (ResourceError("x.bin is 7 bytes short"), "1", True),
+    ],
+)
 def test_under_torchrun_it_is_said_once_per_machine(
     verb: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    error: MegatronError,
     local_rank: str,
     says: bool,
 ) -> None:
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    verb(fail_with(DataError("x.bin is 7 bytes short")))
+    verb(fail_with(error))
     assert main(["train"]) == 2
     assert ("7 bytes short" in capsys.readouterr().err) is says
     assert main(["train", "--stray"]) == 2
-    assert ("unrecognized arguments" in capsys.readouterr().err) is says
+    assert ("unrecognized arguments" in capsys.readouterr().err) is (local_rank == "0")
 
 
 def test_broken_launch_variables_are_an_error_too(

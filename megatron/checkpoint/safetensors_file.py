@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +125,7 @@ class SafetensorsWriter:
         self.size_bytes = offset
         self._position = 0
         self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(max_workers=1)
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -131,7 +133,7 @@ class SafetensorsWriter:
         try:
             self._append(memoryview(header))
         except BaseException:
-            os.close(self._descriptor)
+            self._release()
             raise
 
     def write(self, name: str, rows: torch.Tensor) -> None:
@@ -152,22 +154,26 @@ class SafetensorsWriter:
         assert self._position == self.size_bytes, f"{self.path}: {self._position} of {self.size_bytes} bytes written"
         try:
             os.fsync(self._descriptor)
-            os.close(self._descriptor)
         except OSError as error:
             raise _cannot_write(self.path, error, self.size_bytes) from error
-        self._descriptor = -1
+        finally:
+            self._release()
         return self.size_bytes, self._digest.hexdigest()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._release()
+
+    def _release(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            self._hasher.shutdown()
 
     def _append(self, data: memoryview) -> None:
-        self._digest.update(data)
+        hashing = self._hasher.submit(self._digest.update, data)  # takes as long as the writing does
         try:
             while data:
                 written = os.write(self._descriptor, data[:_REQUEST_BYTES])
@@ -175,6 +181,8 @@ class SafetensorsWriter:
                 data = data[written:]
         except OSError as error:
             raise _cannot_write(self.path, error, self.size_bytes) from error
+        finally:
+            hashing.result()
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

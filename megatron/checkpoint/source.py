@@ -7,7 +7,6 @@ or models: who reads what is the caller's business, and a rank's reads touch onl
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -168,39 +167,6 @@ def open_source(path: str | Path) -> Source:
         f"{folder} is neither a model nor a checkpoint: looked for {MANIFEST} (a checkpoint), step_… folders (a save "
         f"folder), {SINGLE} and {SHARD_INDEX} (a Hugging Face model)."
     )
-
-
-def check_weights(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise one CheckpointError with every weight that is missing, unexpected or of another shape than expected.
-
-    Rotary frequency buffers, which old exports contain, are no weights and are passed over.
-    """
-    found = source.shapes()
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(name for name in found.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
-    shapes = [
-        f"{name} has shape {list(found[name])}, config.json makes it {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != tuple(shape)
-    ]
-    dtypes = {name: source.dtype(name) for name in expected if name in found}
-    integers = [f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.is_floating_point]
-    parts = [
-        _listed("missing", missing),
-        _listed("unexpected", unexpected),
-        _listed("of another shape", shapes),
-        _listed("not floating point", integers),
-    ]
-    problems = "; ".join(part for part in parts if part)
-    if problems:
-        raise CheckpointError(f"The weights in {source.folder} are not those of its config.json: {problems}.")
-
-
-def _listed(what: str, items: list[str]) -> str:
-    if not items:
-        return ""
-    more = f" and {len(items) - 8} more" if len(items) > 8 else ""
-    return f"{len(items)} {what}: {', '.join(items[:8])}{more}"
 
 
 def _read_run_config(path: Path) -> dict[str, Any] | None:

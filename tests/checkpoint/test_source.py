@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.source import check_weights, open_source
+from megatron.checkpoint.check import check_weights
+from megatron.checkpoint.source import open_source
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
 
@@ -132,3 +133,18 @@ def test_rotary_buffers_are_passed_over(sharded: Path) -> None:
     save_file({name: torch.ones(2)}, sharded / "two.safetensors")
     _write_index(sharded, {"a": "one.safetensors", "b": "one.safetensors", name: "two.safetensors"})
     check_weights(open_source(sharded), {"a": (4, 6), "b": (3,)})
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_the_head_of_a_tied_model_must_be_its_embedding(tmp_path: Path, equal: bool) -> None:
+    embedding = torch.randn(6, 4)
+    head = embedding.clone()
+    head[5, 3] += 0 if equal else 1
+    save_file({"model.embed_tokens.weight": embedding, "lm_head.weight": head}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    expected = {"model.embed_tokens.weight": (6, 4)}
+    if equal:
+        check_weights(open_source(tmp_path), expected)
+    else:
+        with pytest.raises(CheckpointError, match=r"1 unexpected: lm_head\.weight"):
+            check_weights(open_source(tmp_path), expected)

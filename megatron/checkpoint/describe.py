@@ -1,0 +1,123 @@
+"""What a checkpoint or Hugging Face folder holds, for people and for machines. Only `verify` reads tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.check import check_weights
+from megatron.checkpoint.manager import whole_checkpoints
+from megatron.checkpoint.native import MANIFEST, find_damaged
+from megatron.checkpoint.safetensors_file import DTYPE_NAMES
+from megatron.checkpoint.source import Source
+from megatron.model.config import ModelConfig
+from megatron.model.specs import canonical_shapes
+from megatron.utils.errors import CheckpointError, ConfigError
+from megatron.utils.units import format_bytes, format_count
+
+
+def describe(source: Source, path: Path) -> dict[str, Any]:
+    """All there is to say about a model that was opened from `path`, as JSON values."""
+    model, problem = _describe_model(source)
+    weights = source.index.get("weights", {})
+    state, parallel = source.state or {}, (source.run_config or {}).get("parallel") or {}
+    return {
+        "folder": str(source.folder),
+        "format": source.format,
+        "steps_in_save_folder": [step for step, _ in whole_checkpoints(path)],
+        "step": source.step,
+        "consumed_tokens": state.get("consumed_tokens"),
+        "consumed_samples": state.get("consumed_samples"),
+        "saved_with": {name: parallel[name] for name in ("tensor", "pipeline", "zero") if name in parallel} or None,
+        "model": model,
+        "problem": problem,
+        "parameters": sum(math.prod(stored.shape) for stored in weights.values()),
+        "tensors": len(weights),
+        "dtypes": sorted({DTYPE_NAMES[piece.dtype] for stored in weights.values() for piece in stored.pieces}),
+        "weight_files": source.weight_files,
+        "weight_bytes": sum(stored.size_bytes for stored in weights.values()),
+        "optimizer_bytes": {
+            kind: sum(stored.size_bytes for stored in tensors.values())
+            for kind, tensors in source.index.items()
+            if kind != "weights"
+        },
+        "other_files": [file.name for file in source.tokenizer_files],
+    }
+
+
+def table(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """The description as (label, text) in reading order, without what does not apply."""
+    native = description["format"] == "native"
+    files, parameters = description["weight_files"], description["parameters"]
+    grid = description["saved_with"] or {}
+    optimizer = description["optimizer_bytes"]
+    kinds = f"{', '.join(optimizer)}, {format_bytes(sum(optimizer.values()))}" if optimizer else "none"
+    rows = [
+        ("folder", description["folder"]),
+        ("format", "checkpoint of this program" if native else "Hugging Face"),
+        ("steps there", ", ".join(map(str, description["steps_in_save_folder"]))),
+        ("step", str(description["step"]) if native else ""),
+        ("consumed tokens", _count(description["consumed_tokens"])),
+        ("consumed samples", _count(description["consumed_samples"])),
+        ("saved with", ", ".join(f"{name} {value}" for name, value in grid.items() if value is not None)),
+        *((name.replace("_", " "), str(value)) for name, value in (description["model"] or {}).items()),
+        ("parameters", f"{parameters:,} ({format_count(parameters)})"),
+        ("weights", f"{description['tensors']} tensors in {' and '.join(description['dtypes'])}"),
+        ("weight files", f"{len(files)}, {format_bytes(description['weight_bytes'])}: {_ends(files)}"),
+        ("optimizer state", kinds),
+        ("other files", ", ".join(description["other_files"]) or "none: there is no tokenizer"),
+        ("problem", description["problem"] or ""),
+    ]
+    return [(label, text) for label, text in rows if text]
+
+
+def list_tensors(source: Source) -> list[dict[str, Any]]:
+    """Every stored tensor: its kind, name, shape, dtype and in how many pieces and files it lies."""
+    return [
+        {
+            "kind": kind,
+            "name": name,
+            "shape": list(stored.shape),
+            "dtype": DTYPE_NAMES[stored.pieces[0].dtype],
+            "pieces": len(stored.pieces),
+            "files": sorted({piece.file for piece in stored.pieces}),
+        }
+        for kind, tensors in source.index.items()
+        for name, stored in tensors.items()
+    ]
+
+
+def verify(source: Source) -> str:
+    """Read everything and compare checksums; returns what was found right, raises CheckpointError naming the rest."""
+    if source.manifest is None:
+        return f"{len(source.weight_files)} file(s) are whole; a Hugging Face folder has no checksums to compare"
+    damaged = [name for name, is_damaged in find_damaged(source.folder, source.manifest) if is_damaged]
+    if damaged:
+        raise CheckpointError(
+            f"{source.folder} is damaged: the checksum of {', '.join(damaged)} is not the one in {MANIFEST}. "
+            "Use another copy or an older checkpoint."
+        )
+    return f"the checksums of all {len(source.manifest.files)} files are right"
+
+
+def _describe_model(source: Source) -> tuple[dict[str, Any] | None, str | None]:
+    """The architecture, and why the model could not be used here, where that is so."""
+    try:
+        config = ModelConfig.from_huggingface(source.model_config)
+    except ConfigError as error:
+        return None, str(error)
+    try:
+        check_weights(source, canonical_shapes(config))
+    except CheckpointError as error:
+        return asdict(config), str(error)
+    return asdict(config), None
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,} ({format_count(number)})"
+
+
+def _ends(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} … {names[-1]}"

@@ -1,0 +1,83 @@
+"""`megatron inspect`: what a checkpoint, a Hugging Face folder or a pair of token files holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.checkpoint.source import Source
+
+HELP = "show what a checkpoint, a Hugging Face folder or a .bin/.idx pair holds"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the verb."""
+    parser.add_argument("path", metavar="X", help="folder of a model, save folder, or prefix of a .bin/.idx pair")
+    parser.add_argument("--verify", action="store_true", help="read all of it and compare the checksums")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the description on standard output. Raises MegatronError for what is not there or damaged."""
+    prefix = _token_prefix(arguments.path)
+    if prefix is not None:
+        _inspect_tokens(prefix, arguments)
+        return 0
+    if not Path(arguments.path).exists():
+        raise ConfigError(f"{arguments.path} does not exist: give a folder, or the prefix of a .bin/.idx pair.")
+    from megatron.checkpoint.source import open_source
+
+    with open_source(arguments.path) as source:
+        _inspect_model(source, arguments)
+    return 0
+
+
+def _token_prefix(path: str) -> str | None:
+    """The prefix of a .bin/.idx pair, where the path names one (or one of its two files)."""
+    prefix = path.removesuffix(".bin").removesuffix(".idx")
+    if Path(path).is_dir():
+        return None
+    there = Path(prefix + ".bin").is_file() or Path(prefix + ".idx").is_file()
+    return prefix if there or prefix != path else None
+
+
+def _inspect_tokens(prefix: str, arguments: argparse.Namespace) -> None:
+    from megatron.data.describe import describe_indexed
+
+    if arguments.verify or arguments.tensors:
+        raise ConfigError("--verify and --tensors are for models; token files have neither checksums nor tensors.")
+    rows = describe_indexed(prefix)
+    _print_json(dict(rows)) if arguments.json else _print_table(rows)
+
+
+def _inspect_model(source: Source, arguments: argparse.Namespace) -> None:
+    from megatron.checkpoint.describe import describe, list_tensors, table, verify
+
+    verified = verify(source) if arguments.verify else None
+    description = describe(source, Path(arguments.path))
+    tensors = list_tensors(source) if arguments.tensors else []
+    if arguments.json:
+        extra = {"verified": verified} if verified else {}
+        _print_json({**description, **extra, **({"tensor_list": tensors} if arguments.tensors else {})})
+        return
+    _print_table(table(description) + ([("verified", verified)] if verified else []))
+    for tensor in tensors:
+        shape = " x ".join(map(str, tensor["shape"]))
+        pieces = "" if tensor["pieces"] == 1 else f"  {tensor['pieces']} pieces in {len(tensor['files'])} file(s)"
+        print(f"{tensor['kind']:<10}  {tensor['name']:<48}  {tensor['dtype']:<4}  {shape}{pieces}")
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        print(f"{label:<{width}}  {text}")
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content))

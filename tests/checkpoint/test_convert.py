@@ -1,0 +1,292 @@
+"""Conversion both ways: nothing lost, nothing half done, little memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import megatron
+from megatron.__main__ import main
+from megatron.checkpoint import convert as convert_module
+from megatron.checkpoint.convert import convert
+from megatron.checkpoint.source import open_source
+from megatron.model.config import ModelConfig
+from megatron.model.specs import canonical_shapes
+from megatron.parallel.layout import Region
+from megatron.utils.errors import CheckpointError, ConfigError
+
+from .conftest import CONFIG, save
+
+BF16 = {**CONFIG, "torch_dtype": "bfloat16"}
+
+
+def random_weights(config: dict, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = canonical_shapes(ModelConfig.from_huggingface(config))
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def write_model(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6}')
+    (folder / "LICENSE").write_text("licence")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a Hugging Face folder, by the safetensors library."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
+        for name in a
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", BF16, random_weights(BF16))
+
+
+GRIDS = [(None, None), (1, 1), (2, None), (4, None), (None, 3), (2, 2)]  # 4 is more than there are key/value heads
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), GRIDS)
+def test_the_round_trip_is_bit_exact_on_any_cut(model: Path, tmp_path: Path, tensor, pipeline) -> None:
+    done = convert(model, tmp_path / "native", tensor=tensor, pipeline=pipeline)
+    assert (done.format, done.files) == ("native", (tensor or 1) * (pipeline or 1))
+    with open_source(tmp_path / "native") as source:
+        assert (source.step, source.state, source.has_optimizer, source.run_config) == (0, None, False, None)
+    back = convert(tmp_path / "native", tmp_path / "back")
+    assert (back.format, back.tensors, back.files) == ("huggingface", 30, 1)
+    assert same(read_all(tmp_path / "back"), read_all(model))
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json", "LICENSE"):
+        assert (tmp_path / "back" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_blocks_of_rows_make_no_difference(model: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(convert_module, "BLOCK_BYTES", 100)  # three rows of the embedding
+    convert(model, tmp_path / "native", tensor=2)
+    convert(tmp_path / "native", tmp_path / "back")
+    assert same(read_all(tmp_path / "back"), read_all(model))
+
+
+def test_the_real_model_round_trip(shared: Path, tmp_path: Path) -> None:
+    model = shared / "data" / "stories260K-untied"
+    convert(model, tmp_path / "native", tensor=2, pipeline=2)
+    convert(tmp_path / "native", tmp_path / "back")
+    assert same(read_all(tmp_path / "back"), read_all(model))
+
+
+def test_large_models_are_written_in_shards_with_an_index(model: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(convert_module, "FILE_BYTES", 4000)
+    done = convert(model, tmp_path / "sharded", to="huggingface")
+    files = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
+    assert done.files == len(files) > 2
+    assert files[0] == f"model-00001-of-{done.files:05d}.safetensors"
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == done.size_bytes
+    assert set(index["weight_map"].values()) == set(files)
+    for file in files:
+        tensors = load_file(tmp_path / "sharded" / file)
+        assert all(index["weight_map"][name] == file for name in tensors)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 4000
+    assert same(read_all(tmp_path / "sharded"), read_all(model))
+    convert(tmp_path / "sharded", tmp_path / "native")
+    assert len(list((tmp_path / "native").glob("weights-*.safetensors"))) == done.files
+    monkeypatch.undo()
+    convert(tmp_path / "native", tmp_path / "back")
+    assert same(read_all(tmp_path / "back"), read_all(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_the_export(tmp_path: Path, tied: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {**CONFIG, "tie_word_embeddings": tied}
+    model = write_model(tmp_path / "model", config, random_weights(config, torch.float32))
+    convert(model, tmp_path / "native", tensor=2)
+    convert(tmp_path / "native", tmp_path / "export")
+    assert ("lm_head.weight" in read_all(tmp_path / "export")) is not tied
+    tokens = torch.arange(20)[None]
+    logits = []
+    for folder in (model, tmp_path / "export"):
+        loaded = transformers.LlamaForCausalLM.from_pretrained(folder)
+        logits.append(loaded(tokens).logits.detach())
+    assert logits[0].isfinite().all() and torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32", "fp16", "fp64"])
+def test_casting(tmp_path: Path, name: str) -> None:
+    config = {**CONFIG, "an_unknown_key": {"kept": [1]}}
+    weights = random_weights(config, torch.float32)
+    model = write_model(tmp_path / "model", config, weights)
+    dtype = convert_module.DTYPES[name]
+    convert(model, tmp_path / "cast", to="huggingface", dtype=dtype)
+    spelled = str(dtype).removeprefix("torch.")
+    written = json.loads((tmp_path / "cast" / "config.json").read_text())
+    assert written == {**config, "torch_dtype": spelled, "dtype": spelled}
+    assert same(read_all(tmp_path / "cast"), {key: tensor.to(dtype) for key, tensor in weights.items()})
+
+
+def test_values_beyond_fp16_are_not_made_infinite(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG, torch.float32)
+    weights["model.norm.weight"][3] = 70_000
+    model = write_model(tmp_path / "model", CONFIG, weights)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has values that are not finite in fp16"):
+        convert(model, tmp_path / "cast", dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_training_checkpoint_becomes_a_model(tmp_path: Path) -> None:
+    """Saved by five ranks in many rectangles, as bf16 from a float32 beginning."""
+    weights = random_weights(CONFIG)
+    master = {name: tensor.float() for name, tensor in weights.items()}
+    tensors = {"weights": weights, "master": master, "exp_avg": master, "exp_avg_sq": master}
+    save(tmp_path / "save", tensors, step=9, ranks=5, cuts=7, chance=random.Random(1), state={"consumed_tokens": 1})
+    done = convert(tmp_path / "save", tmp_path / "export")
+    assert done.source == tmp_path / "save" / "step_0000009" and done.left_out == ("the optimizer state",)
+    assert same(read_all(tmp_path / "export"), weights)
+    written = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert written == {**CONFIG, "torch_dtype": "bfloat16", "dtype": "bfloat16"}  # what the files now are
+    convert(tmp_path / "save", tmp_path / "weights", to="native")
+    with open_source(tmp_path / "weights") as source:
+        assert (source.step, source.state, source.has_optimizer) == (0, None, False)
+        out = torch.empty(40, 16, dtype=torch.bfloat16)
+        source.read(Region.whole("lm_head.weight", (40, 16)), out)
+        assert torch.equal(out, weights["lm_head.weight"])
+
+
+def _drop(weights: dict, name: str) -> dict:
+    return {key: tensor for key, tensor in weights.items() if key != name}
+
+
+FAULTS = {
+    "missing": (lambda w: _drop(w, "lm_head.weight"), "1 missing: lm_head.weight"),
+    "unexpected": (lambda w: {**w, "bias": torch.ones(1)}, "1 unexpected: bias"),
+    "shape": (lambda w: {**w, "model.norm.weight": torch.ones(15)}, "model.norm.weight has shape [15]"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_weights_that_do_not_fit_the_configuration(tmp_path: Path, fault: str) -> None:
+    change, message = FAULTS[fault]
+    model = write_model(tmp_path / "model", BF16, change(random_weights(BF16)))
+    with pytest.raises(CheckpointError) as caught:
+        convert(model, tmp_path / "native")
+    assert message in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_damaged_checkpoint_is_not_converted(model: Path, tmp_path: Path) -> None:
+    convert(model, tmp_path / "native", tensor=2)
+    file = tmp_path / "native" / "weights-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"weights-00001\.safetensors is damaged: its checksum"):
+        convert(tmp_path / "native", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["Ctrl-C", "full"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_half_way_nothing_remains(model: Path, tmp_path: Path, error, existing: bool) -> None:
+    destination = tmp_path / "out"
+    if existing:
+        destination.mkdir()
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done > total // 2:
+            assert list(tmp_path.glob(".out.*.partial/*"))
+            raise error
+
+    with pytest.raises((KeyboardInterrupt, CheckpointError)):
+        convert(model, destination, progress=progress)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"][: 1 + existing]
+    assert not existing or not any(destination.iterdir())
+
+
+def test_an_empty_folder_is_filled_and_another_is_not_touched(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    convert(model, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(CheckpointError, match=r"out exists already: name a new or empty folder"):
+        convert(model, tmp_path / "out")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+def test_requests_that_cannot_be(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cut native files"):
+        convert(model, tmp_path / "out", to="huggingface", tensor=2)
+    with pytest.raises(ConfigError, match="at least 1"):
+        convert(model, tmp_path / "out", tensor=0)
+    with pytest.raises(ConfigError, match="3"):
+        convert(model, tmp_path / "out", tensor=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_verb(model: Path, tmp_path: Path, capsys) -> None:
+    native_folder, back = str(tmp_path / "native"), str(tmp_path / "back")
+    assert main(["convert", str(model), native_folder, "--tensor", "2", "--pipeline", "3"]) == 0
+    assert "30 tensors, 7.15 k parameters, 14.0 KiB in 6 files" in capsys.readouterr().out
+    assert main(["convert", native_folder, back, "--to", "hf", "--dtype", "fp32"]) == 0
+    expected = {name: tensor.float() for name, tensor in read_all(model).items()}
+    assert same(read_all(tmp_path / "back"), expected)
+    assert main(["convert", native_folder, back]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+MEASURE = """
+import resource, sys
+import megatron, torch
+from pathlib import Path
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+from megatron.checkpoint.convert import convert
+tensor = int(sys.argv[3]) or None
+convert(Path(sys.argv[1]), Path(sys.argv[2]), tensor=tensor)
+print((peak() - before) * 1024)
+"""
+
+
+def test_a_gigabyte_takes_less_than_400_megabytes(tmp_path: Path) -> None:
+    """Two tensors of half a gigabyte each: memory must not grow with the largest tensor either."""
+    config = {**CONFIG, "vocab_size": 32768, "hidden_size": 4096, "head_dim": 64, "num_hidden_layers": 1}
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    shapes = canonical_shapes(ModelConfig.from_huggingface(config))
+    plan = {name: (torch.float32, shape) for name, shape in shapes.items()}
+    noise = torch.randn(1024, 4096)
+    with convert_module.SafetensorsWriter(model / "model.safetensors", plan) as writer:
+        for name in writer.order:
+            shape = shapes[name]
+            for row in range(0, shape[0], 1024):
+                rows = torch.Size((min(1024, shape[0] - row), *shape[1:]))
+                writer.write(name, noise.reshape(-1)[: rows.numel()].view(rows))
+        assert writer.close()[0] > 2**30
+    for source, destination, tensor in [("model", "native", "2"), ("native", "back", "0")]:
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / source), str(tmp_path / destination), tensor]
+        root = str(Path(megatron.__file__).parents[1])
+        result = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert int(result.stdout) < 400e6
+    with open_source(tmp_path / "back") as source:
+        rows = torch.empty(1024, 4096)
+        source.read(Region("lm_head.weight", (32768, 4096), (31744, 0), (1024, 4096)), rows)
+        assert torch.equal(rows, noise)

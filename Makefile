@@ -1,0 +1,55 @@
+# Each target sets up what it needs in .venv/. On a fresh machine: Python >= 3.11 (with venv) is needed; a C++ compiler
+# is used where there is one.
+#
+#   make quickstart   set up, then run the main job on embedded sample data
+#   make test         set up, then run the whole test suite
+#   make lint         ruff, mypy, import-linter, generated pages up to date
+#   make bench        benchmarks
+#   make docs         write the generated pages
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv quickstart test lint bench docs
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+venv: $(STAMP)
+
+# torch first and pinned: with an open range pip would look for the newest build, of several gigabytes.
+$(STAMP): pyproject.toml constraints.txt
+	@for candidate in python3.11 python3.12 python3.13 python3 python; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "make: no Python 3.11 or newer was found; install one (Debian: apt-get install python3 python3-venv)" >&2; exit 1; \
+	fi; \
+	test -x $(BIN)/python || "$$found" -m venv .venv || { \
+	  echo "make: $$found cannot create .venv; its venv module may be missing (Debian: apt-get install python3-venv)" >&2; \
+	  rm -rf .venv; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $(STAMP)
+
+quickstart: venv
+	$(BIN)/python examples/quickstart/quickstart.py
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m megatron.config.reference docs/configuration.md --check
+
+bench: venv
+	$(BIN)/python benchmarks/run.py
+
+docs: venv
+	$(BIN)/python -m megatron.config.reference docs/configuration.md

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,29 @@ class OtherVersionError(CheckpointError):
     """The checkpoint was written by a program with another version of the format."""
 
 
-@dataclass(frozen=True)
 class Manifest:
     """The content of `checkpoint.json`. `files`: name -> (bytes, SHA-256)."""
 
-    step: int
-    state: dict[str, Any] | None
-    files: Mapping[str, tuple[int, str]]
-    index: Mapping[str, Mapping[str, StoredTensor]]
+    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Raises KeyError, TypeError, ValueError or AttributeError for a content that is none."""
+        self.path = path
+        self.step = int(content["step"])
+        self.state: dict[str, Any] | None = content["state"]
+        self.files = {
+            _plain(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()
+        }
+        self._tensors: dict[str, dict[str, Any]] = {kind: dict(named) for kind, named in content["tensors"].items()}
+
+    @cached_property
+    def index(self) -> dict[str, dict[str, StoredTensor]]:
+        """Where every tensor is; raises CheckpointError. Built when asked for: it can be 200,000 rectangles."""
+        try:
+            index, problems = collect_index(_parse_pieces(self._tensors, self.files))
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            raise CheckpointError(f"{self.path} is damaged ({error!r}).") from error
+        if problems:
+            raise CheckpointError(f"{self.path} does not describe whole tensors: {'; '.join(problems[:5])}.")
+        return index
 
 
 def step_folder(step: int) -> str:
@@ -155,14 +170,9 @@ def read_manifest(folder: Path) -> Manifest:
             "use the version of the program that wrote it."
         )
     try:
-        files = {_plain(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
-        index, problems = collect_index(_parse_pieces(content["tensors"], files))
-        manifest = Manifest(int(content["step"]), content["state"], files, index)
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        return Manifest(path, content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}).") from error
-    if problems:
-        raise CheckpointError(f"{path} does not describe whole tensors: {'; '.join(problems[:5])}.")
-    return manifest
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:

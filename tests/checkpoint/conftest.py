@@ -87,6 +87,7 @@ def save(
     config: Mapping[str, Any] = CONFIG,
     tokenizer_files: tuple[Path, ...] = (),
     state: Mapping[str, Any] | None = None,
+    run_config: str = "train:\n  steps: 5\n",
 ) -> list[Any]:
     """Save whole tensors as random rectangles dealt to simulated ranks; returns each rank's result or exception."""
     chance = chance or random.Random(0)
@@ -104,7 +105,7 @@ def save(
             tensors=shares[rank],
             state={"step": step, **(state or {})},
             model_config=config,
-            run_config_yaml="train:\n  steps: 5\n",
+            run_config_yaml=run_config,
             tokenizer_files=tokenizer_files,
         )
 

@@ -147,7 +147,7 @@ def test_when_the_time_is_over_training_is_asked_to_stop_and_the_job_requeued(
     with start_job(place, "examples/slurm/config-70b.yaml", training=training) as job:
         deadline = time.monotonic() + 30
         while not (place / "record" / "torchrun").exists():
-            assert time.monotonic() < deadline, "the job did not start"
+            assert job.poll() is None and time.monotonic() < deadline, "the job did not start"
             time.sleep(0.02)
         time.sleep(0.3)
         assert job.poll() is None, "it stopped at the old stop file"

@@ -9,4 +9,5 @@ import torch.nn.functional as F
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [..., 2f], gate first → silu(gate) · up [..., f]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    # A gate in one block takes silu's vector path to its end, as transformers' does: the same bits on the CPU.
+    return F.silu(gate.contiguous()) * up

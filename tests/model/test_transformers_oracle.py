@@ -1,0 +1,210 @@
+"""Our model against transformers' on the same weights: a trained Llama, and random ones of many shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
+
+from .oracle import canonical_gradients, our_logits, ours, random_llama, widened
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {"num_key_value_heads": 4},
+    "grouped": {},
+    "one key/value head": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "tied, grouped, odd vocabulary": {"tie_word_embeddings": True, "vocab_size": 97},
+    "heads wider than hidden / heads": {"head_dim": 20},
+    "heads narrower than hidden / heads": {"head_dim": 2, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "hidden size, heads and width all unrelated": {"hidden_size": 36, "head_dim": 6},
+    "one odd feed-forward layer": {"num_hidden_layers": 1, "intermediate_size": 37},
+    "code Llama's rotary base": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "large eps": {"rms_norm_eps": 1e-2},
+    "one head": {"num_attention_heads": 1, "num_key_value_heads": 1},
+    "vocabulary of one more than a block": {"vocab_size": 65},
+}
+
+
+def random_tokens(vocab_size: int, batch: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def stories(shared: Path) -> Path:
+    """A small Llama that was really trained, as a Hugging Face folder."""
+    return shared / "data" / "stories260K-untied"
+
+
+@pytest.fixture
+def golden(shared: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens [1, s], logits [s, v]) of three prompts, from a forward pass in float64 of independent origin."""
+    stored = np.load(shared / "data" / "stories260K" / "golden_logits_f64.npz")
+    pairs = [
+        (torch.from_numpy(stored[f"ids{i}"]).long()[None], torch.from_numpy(stored[f"logits{i}"])) for i in range(3)
+    ]
+    prompts = json.loads((shared / "data" / "stories260K" / "golden.json").read_text())["prompts"]
+    assert [tokens[0].tolist() for tokens, _ in pairs] == [prompt["ids"] for prompt in prompts]
+    return pairs
+
+
+@torch.no_grad()
+def test_trained_llama_gives_the_golden_logits(stories: Path, golden) -> None:
+    single, double = ours(stories, torch.float32), ours(stories, torch.float64)
+    for tokens, logits in golden:
+        assert (our_logits(single, tokens)[0] - logits).abs().max() <= 1e-4
+        # The stored logits are float32, of a size up to 20 or so: their own rounding is about 1e-6.
+        assert (our_logits(double, tokens)[0] - logits).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_trained_llama_continues_as_the_golden_text(stories: Path, shared: Path) -> None:
+    expected = json.loads((shared / "data" / "stories260K" / "golden.json").read_text())["greedy_ids_from_bos"]
+    logits = our_logits(ours(stories, torch.float32), torch.tensor([expected[:-1]]))[0]
+    assert logits.argmax(-1).tolist() == expected[1:]
+
+
+@torch.no_grad()
+def test_trained_llama_gives_the_logits_of_transformers(stories: Path, golden) -> None:
+    reference = LlamaForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    model = ours(stories, torch.float32)
+    longest = random_tokens(512, batch=2, length=512)
+    for tokens in [tokens for tokens, _ in golden] + [longest]:
+        assert (our_logits(model, tokens) - reference(tokens).logits).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_trained_llama_equals_the_float64_reference(stories: Path, golden) -> None:
+    reference = widened(LlamaForCausalLM.from_pretrained(stories, dtype=torch.float32))
+    model = ours(stories, torch.float64)
+    for tokens in [tokens for tokens, _ in golden] + [random_tokens(512, batch=2, length=512)]:
+        assert (our_logits(model, tokens) - reference(tokens).logits).abs().max() <= 1e-10
+
+
+def compare_with_reference(folder: Path, fields: dict[str, Any], seed: int = 0) -> None:
+    """Logits, loss and every gradient of a random Llama equal the float64 reference's."""
+    reference = random_llama(seed, **fields)
+    reference.save_pretrained(folder)
+    reference = widened(reference)
+    model = ours(folder, torch.float64)
+    tokens = random_tokens(reference.config.vocab_size)
+    labels = random_tokens(reference.config.vocab_size, seed=2)
+    labels[0, 5:9] = -1
+
+    theirs = reference(tokens).logits
+    loss = F.cross_entropy(theirs.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="sum")
+    loss.backward()
+    mine = model(tokens)
+    assert (mine.transpose(0, 1)[..., : model.config.vocab_size] - theirs).abs().max() <= 1e-10
+    own_loss = model.token_losses(mine, labels).sum()
+    own_loss.backward()
+    assert abs(own_loss.item() / loss.item() - 1) <= 1e-13
+
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    found = canonical_gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None and gradient.abs().max() > 0, name
+        assert (found[name] - gradient).abs().max() <= 1e-11 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES.keys())
+def test_random_llamas_equal_the_float64_reference(tmp_path: Path, fields: dict[str, Any]) -> None:
+    compare_with_reference(tmp_path, fields)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_any_shape_equals_the_float64_reference(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    key_value_heads = data.draw(st.integers(1, 4), label="key/value heads")
+    heads = key_value_heads * data.draw(st.integers(1, 3), label="query heads to each")
+    fields = {
+        "num_key_value_heads": key_value_heads,
+        "num_attention_heads": heads,
+        "head_dim": 2 * data.draw(st.integers(1, 9), label="half of the head's size"),
+        # transformers wants a multiple of the heads here, even where head_dim is given
+        "hidden_size": heads * data.draw(st.integers(1, 6), label="hidden size / heads"),
+        "intermediate_size": data.draw(st.integers(1, 60), label="feed-forward size"),
+        "num_hidden_layers": data.draw(st.integers(1, 4), label="layers"),
+        "vocab_size": data.draw(st.integers(3, 200), label="vocabulary"),
+        "tie_word_embeddings": data.draw(st.booleans(), label="tied"),
+        "rms_norm_eps": data.draw(st.sampled_from([1e-6, 1e-5, 1e-3]), label="eps"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": data.draw(st.floats(10.0, 1e7), label="theta")},
+    }
+    compare_with_reference(tmp_path_factory.mktemp("llama"), fields, seed=data.draw(st.integers(0, 99), label="seed"))
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "rotary base x 2": {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}},
+    "eps": {"rms_norm_eps": 1e-6},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_the_comparison_sees_a_wrong_constant(tmp_path: Path, fault: dict[str, Any]) -> None:
+    """The same weights under another constant are far outside what the comparisons above allow."""
+    random_llama().save_pretrained(tmp_path)
+    other = random_llama(**fault)
+    tokens = random_tokens(96)
+    assert (our_logits(ours(tmp_path, torch.float32), tokens) - other(tokens).logits).abs().max() > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", ["rotary pairs of neighbours", "gate and up exchanged"])
+def test_the_comparison_sees_a_wrong_function(tmp_path: Path, fault: str) -> None:
+    random_llama().save_pretrained(tmp_path)
+    reference, tokens = random_llama(), random_tokens(96)
+    if fault == "gate and up exchanged":
+        mlp = reference.model.layers[1].mlp
+        mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+    else:
+        weight = reference.model.layers[0].self_attn.q_proj.weight  # [4 heads x 8, 32]
+        weight.copy_(weight.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32))
+    theirs = widened(reference)(tokens).logits
+    assert (our_logits(ours(tmp_path, torch.float64), tokens) - theirs).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_both_spellings_of_config_json_are_read_alike(tmp_path: Path) -> None:
+    model = random_llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    model.save_pretrained(tmp_path)
+    tokens = random_tokens(96)
+    expected = our_logits(ours(tmp_path, torch.float64), tokens)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("rope_parameters")["rope_theta"] == 5e5, "transformers 5 writes the newer spelling"
+    config.pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5, "torch_dtype": "float32"}))
+    assert torch.equal(our_logits(ours(tmp_path, torch.float64), tokens), expected)
+    (tmp_path / "config.json").write_text(json.dumps(config))  # no base at all: not the same function
+    assert not torch.equal(our_logits(ours(tmp_path, torch.float64), tokens), expected)
+
+
+@torch.no_grad()
+def test_sharded_folders_are_read(tmp_path: Path) -> None:
+    model = random_llama()
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    tokens = random_tokens(96)
+    one, many = (our_logits(ours(tmp_path / name, torch.float32), tokens) for name in ("one", "many"))
+    assert torch.equal(one, many)
+
+
+@torch.no_grad()
+def test_bf16_stays_near_float64(tmp_path: Path) -> None:
+    """In bf16 there is no exact oracle, but norm statistics, rotary angles and softmax kept wide keep it near."""
+    reference = random_llama()
+    reference.bfloat16().save_pretrained(tmp_path)
+    tokens = random_tokens(96)
+    exact = widened(reference)(tokens).logits
+    mine = our_logits(ours(tmp_path, torch.bfloat16), tokens).double()
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(tokens).logits.double()
+    assert (mine - exact).square().mean().sqrt() <= 1.5 * (theirs - exact).square().mean().sqrt()

@@ -49,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         world.close()
     if world.launch.rank == 0:
         fields = dataclasses.asdict(result)
-        sys.stdout.write(json.dumps({"loss": fields["loss"], "perplexity": result.perplexity, "tokens": fields["tokens"]}))
+        sys.stdout.write(
+            json.dumps({"loss": fields["loss"], "perplexity": result.perplexity, "tokens": fields["tokens"]})
+        )
         sys.stdout.write("\n")
     return 0
 

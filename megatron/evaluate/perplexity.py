@@ -31,8 +31,8 @@ class Evaluation:
 def evaluate(model: Transformer, dataset: Dataset, *, micro_batch: int, micro_batches: int = 1) -> Evaluation:
     """The mean loss over all samples of `dataset`; every rank gets the result.
 
-    Samples are dealt to the data ranks in turns of `micro_batches` × `micro_batch`; what the last turn lacks is filled with
-    samples that carry no loss.
+    Samples are dealt to the data ranks in turns of `micro_batches` × `micro_batch`; what the last turn lacks is filled
+    with samples that carry no loss.
     """
     context = model.context
     device = next(model.parameters()).device

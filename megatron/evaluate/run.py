@@ -62,8 +62,8 @@ def _check_model(source: Source) -> ModelConfig:
 def _check_grid(world_size: int, tensor: int, pipeline: int) -> Grid:
     if tensor * pipeline > world_size:
         raise ConfigError(
-            f"--tensor {tensor} x --pipeline {pipeline} needs {tensor * pipeline} processes, {world_size} were started; "
-            f"use torchrun --nproc-per-node {tensor * pipeline}."
+            f"--tensor {tensor} x --pipeline {pipeline} needs {tensor * pipeline} processes, {world_size} "
+            f"were started; use torchrun --nproc-per-node {tensor * pipeline}."
         )
     return Grid.of_world(world_size, tensor, pipeline)
 

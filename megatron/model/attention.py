@@ -61,18 +61,16 @@ def attention_specs(config: ModelConfig, context: ParallelContext, prefix: str) 
     key_start = tp.rank // kv.size * key_rows
     all_keys = config.num_key_value_heads * d
     all_queries = config.num_attention_heads * d
-    copy = {"copy_axis": "kv", "copy_rank": kv.rank, "partial": True} if kv.size > 1 else {}
     pieces = [
         Piece(
-            Region(
-                f"{prefix}.q_proj.weight", (all_queries, hidden), (tp.rank * query_rows, 0), (query_rows, hidden)
-            ),
+            Region(f"{prefix}.q_proj.weight", (all_queries, hidden), (tp.rank * query_rows, 0), (query_rows, hidden)),
             (0, 0),
         )
     ]
     for at, name in enumerate(("k_proj", "v_proj")):
         region = Region(f"{prefix}.{name}.weight", (all_keys, hidden), (key_start, 0), (key_rows, hidden))
-        pieces.append(Piece(region, (query_rows + at * key_rows, 0), **copy))
+        place, copied = (query_rows + at * key_rows, 0), kv.size > 1
+        pieces.append(Piece(region, place, copy_axis="kv" if copied else None, copy_rank=kv.rank, partial=copied))
     qkv = ShardSpec((query_rows + 2 * key_rows, hidden), tuple(pieces))
     output = Region(f"{prefix}.o_proj.weight", (hidden, all_queries), (0, tp.rank * query_rows), (hidden, query_rows))
     return qkv, ShardSpec((hidden, query_rows), (Piece(output, (0, 0)),))

@@ -88,7 +88,9 @@ class ModelConfig:
         )
 
     def to_huggingface(self, dtype: str = "float32") -> dict[str, Any]:
-        """The content of a `config.json` that transformers 4 and 5 both read; `dtype` is torch's name, as `bfloat16`."""
+        """The content of a `config.json` that transformers 4 and 5 both read; `dtype` is torch's name, as
+        `bfloat16`.
+        """
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -138,7 +140,8 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     old, new = config.get("rope_theta"), parameters.get("rope_theta")
     if old is not None and new is not None and float(old) != float(new):
         raise ConfigError(
-            f"config.json contradicts itself: rope_theta={old} but rope_parameters.rope_theta={new}; remove the wrong one."
+            f"config.json contradicts itself: rope_theta={old} but rope_parameters.rope_theta={new}; "
+            "remove the wrong one."
         )
     return float(new if new is not None else old if old is not None else 10000.0)
 

@@ -35,9 +35,7 @@ class _VocabularyCrossEntropy(Function):
         return logits_gradient(logits, ctx.valid, log_sum_exp, targets, token_grad), None, None, None
 
 
-def vocabulary_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, tp: Axis
-) -> torch.Tensor:
+def vocabulary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, tp: Axis) -> torch.Tensor:
     """Negative log-likelihood of each token.
 
     logits [s, b, padded vocabulary/tp] of this rank, labels [s, b] (global ids, or IGNORED) → [s, b] in

@@ -35,9 +35,7 @@ def feed_forward_specs(config: ModelConfig, context: ParallelContext, prefix: st
     tp, hidden, inner = context.tp, config.hidden_size, config.intermediate_size
     rows = inner // tp.size
     pieces = tuple(
-        Piece(
-            Region(f"{prefix}.{name}.weight", (inner, hidden), (tp.rank * rows, 0), (rows, hidden)), (at * rows, 0)
-        )
+        Piece(Region(f"{prefix}.{name}.weight", (inner, hidden), (tp.rank * rows, 0), (rows, hidden)), (at * rows, 0))
         for at, name in enumerate(("gate_proj", "up_proj"))
     )
     down = Region(f"{prefix}.down_proj.weight", (hidden, inner), (0, tp.rank * rows), (hidden, rows))

@@ -23,7 +23,9 @@ def parameter_specs(model: torch.nn.Module) -> dict[str, ShardSpec]:
 def rank_specs(
     config: ModelConfig, *, tensor: int, pipeline: int, tensor_rank: int, pipeline_rank: int
 ) -> dict[str, ShardSpec]:
-    """Local parameter name → spec, for the rank at these coordinates. Raises ConfigError where the grid is impossible."""
+    """Local parameter name → spec, for the rank at these coordinates. Raises ConfigError where the grid is
+    impossible.
+    """
     grid = Grid(tensor=tensor, pipeline=pipeline)
     rank = grid.rank(tensor_rank, 0, pipeline_rank)
     context = describe(grid, rank, num_key_value_heads=config.num_key_value_heads)

@@ -66,7 +66,8 @@ class AdamW:
         return total
 
     def step(self, learning_rate: float, divisor: torch.Tensor, not_finite: torch.Tensor) -> None:
-        """Update the owned weights from gradients / `divisor`; not at all where `not_finite` (float32) is 1; both are scalars.
+        """Update the owned weights from gradients / `divisor`; not at all where `not_finite` (float32) is 1; both are
+        scalars.
 
         The gradients are divided in place. The weights of other ranks' ranges are not touched: gather them next.
         """

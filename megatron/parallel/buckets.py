@@ -1,8 +1,9 @@
 """Flat buffers: which parameters lie where, and which part of each bucket a rank owns.
 
-Parameters become views of flat weight buffers, and their gradients views of flat gradient buffers of the same layout. The
-layout is a function of the parameters' specs alone, so ranks that hold copies of a parameter agree on it. With
-optimizer sharding (ZeRO-1, Rajbhandari et al., 2020) each rank owns an even flat range of every bucket; otherwise all of it.
+Parameters become views of flat weight buffers, and their gradients views of flat gradient buffers of the same layout.
+The layout is a function of the parameters' specs alone, so ranks that hold copies of a parameter agree on it. With
+optimizer sharding (ZeRO-1, Rajbhandari et al., 2020) each rank owns an even flat range of every bucket; otherwise all
+of it.
 """
 
 from __future__ import annotations
@@ -113,9 +114,7 @@ def _group(
     return groups
 
 
-def _fill(
-    group: list[tuple[str, ShardedParameter]], grad: Axis, zero: int, gradient_dtype: torch.dtype
-) -> Bucket:
+def _fill(group: list[tuple[str, ShardedParameter]], grad: Axis, zero: int, gradient_dtype: torch.dtype) -> Bucket:
     slots, size = [], 0
     for name, parameter in group:
         slots.append(Slot(name, parameter, size))

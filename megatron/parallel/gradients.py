@@ -1,11 +1,13 @@
 """Sums gradients over the ranks that read different samples, while the last backward pass still runs.
 
 Layers add their weight gradients to a bucket and report it. During the last backward of a step a bucket whose
-parameters have all reported is reduced at once, in one fixed order of buckets on all ranks. After that the owned ranges of
-parameters whose copies each hold a part (`Piece.partial`) are summed over those copies.
+parameters have all reported is reduced at once, in one fixed order of buckets on all ranks. After that the owned
+ranges of parameters whose copies each hold a part (`Piece.partial`) are summed over those copies.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -31,7 +33,7 @@ class GradientReducer:
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
                 buffer = bucket.gradients[slot.start : slot.stop].view(slot.spec.shape)
-                attach_sink(slot.parameter, GradientSink(buffer, lambda index=index: self._report(index)))
+                attach_sink(slot.parameter, GradientSink(buffer, functools.partial(self._report, index)))
                 if not slot.is_matrix:
                     slot.parameter.register_post_accumulate_grad_hook(_to_sink)
 

@@ -2,8 +2,9 @@
 (Korthikanti et al., 2022).
 
 A column-parallel layer holds a share of the output features, a row-parallel layer a share of the input features, a
-vocabulary-parallel embedding a share of the rows. Under sequence parallelism the activations between them are split along the
-sequence, [s/tp, b, h]; column layers gather them and row layers scatter them again. At size 1 each is the plain layer.
+vocabulary-parallel embedding a share of the rows. Under sequence parallelism the activations between them are split
+along the sequence, [s/tp, b, h]; column layers gather them and row layers scatter them again. At size 1 each is the
+plain layer.
 """
 
 from __future__ import annotations
@@ -84,9 +85,7 @@ class _RowLinear(Function):
 
 class _VocabularyEmbedding(Function):
     @staticmethod
-    def forward(
-        ctx: Any, tokens: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence: bool) -> torch.Tensor:
         rows = tokens - tp.rank * weight.shape[0]
         elsewhere = (rows < 0) | (rows >= weight.shape[0]) if tp.size > 1 else None
         if elsewhere is not None:

@@ -57,8 +57,7 @@ class Region:
         assert self.name == other.name and self.shape == other.shape, (self, other)
         start = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
         stop = tuple(
-            min(a + m, b + n)
-            for a, m, b, n in zip(self.start, self.size, other.start, other.size, strict=True)
+            min(a + m, b + n) for a, m, b, n in zip(self.start, self.size, other.start, other.size, strict=True)
         )
         size = tuple(high - low for low, high in zip(start, stop, strict=True))
         if any(extent <= 0 for extent in size):

@@ -28,8 +28,9 @@ class Grid:
         """The grid on `world_size` ranks; the data axis gets what is left. Raises ConfigError if nothing fits."""
         if world_size % (tensor * pipeline):
             raise ConfigError(
-                f"{world_size} processes cannot be cut into tensor={tensor} x pipeline={pipeline} = {tensor * pipeline}; "
-                f"start a multiple of {tensor * pipeline} processes or change parallel.tensor and parallel.pipeline."
+                f"{world_size} processes cannot be cut into tensor={tensor} x pipeline={pipeline} = "
+                f"{tensor * pipeline}; start a multiple of {tensor * pipeline} processes, or change "
+                "parallel.tensor and parallel.pipeline."
             )
         return cls(tensor, world_size // (tensor * pipeline), pipeline)
 
@@ -53,9 +54,7 @@ class Grid:
         assert set(along) <= set(sizes), along
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
-            fixed = tuple(
-                at for name, at in zip(sizes, self.coordinates(rank), strict=True) if name not in along
-            )
+            fixed = tuple(at for name, at in zip(sizes, self.coordinates(rank), strict=True) if name not in along)
             groups.setdefault(fixed, []).append(rank)
         return [tuple(group) for group in groups.values()]
 
@@ -116,7 +115,9 @@ def single_rank() -> ParallelContext:
     return describe(Grid(), 0)
 
 
-def describe(grid: Grid, rank: int, *, sequence: bool = False, num_key_value_heads: int | None = None) -> ParallelContext:
+def describe(
+    grid: Grid, rank: int, *, sequence: bool = False, num_key_value_heads: int | None = None
+) -> ParallelContext:
     """The context of any rank of any grid, without communicators: for layouts and plans."""
     return _build(grid, rank, sequence, num_key_value_heads, None)
 
@@ -134,18 +135,17 @@ def connect(
 
     `make` makes the communicator of one group (tests pass a stricter one).
     """
-    return _build(
-        grid, rank, sequence, num_key_value_heads, make or (lambda ranks: new_communicator(ranks, timeout_s))
-    )
+    return _build(grid, rank, sequence, num_key_value_heads, make or (lambda ranks: new_communicator(ranks, timeout_s)))
 
 
 def key_value_copies(tensor: int, num_key_value_heads: int | None) -> int:
     """On how many tensor ranks each key/value head lives. Raises ConfigError where heads cannot be dealt out."""
     heads = num_key_value_heads or tensor
     if tensor % heads and heads % tensor:
+        fits = ", ".join(str(size) for size in range(1, 65) if size % heads == 0 or heads % size == 0)
         raise ConfigError(
-            f"num_key_value_heads={heads} can neither be split over nor copied to parallel.tensor={tensor} ranks alike; "
-            f"one must divide the other: use {', '.join(str(n) for n in range(1, 65) if n % heads == 0 or heads % n == 0)}."
+            f"num_key_value_heads={heads} can neither be split over nor copied to parallel.tensor={tensor} ranks "
+            f"alike; one must divide the other: use {fits}."
         )
     return max(1, tensor // heads)
 

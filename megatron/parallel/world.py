@@ -1,7 +1,7 @@
 """All processes of a run together: starting them up, and the words they exchange beside the tensors.
 
-Control messages (texts, votes, errors) travel over a gloo group of their own, so they never wait for a GPU nor disturb the
-order of the collectives there.
+Control messages (texts, votes, errors) travel over a gloo group of their own, so they never wait for a GPU nor disturb
+the order of the collectives there.
 """
 
 from __future__ import annotations
@@ -105,5 +105,3 @@ def start_world(timeout_s: float) -> World:
     ranks = tuple(range(launch.world_size))
     communicator = new_communicator(ranks, timeout_s, backend="gloo")
     return World(launch, device, Axis("control", launch.rank, launch.world_size, ranks, communicator))
-
-

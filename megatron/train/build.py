@@ -175,7 +175,9 @@ def _check_tokenizer(config: RunConfig, origin: Origin) -> list[Path]:
     if path is None and origin.source is not None:
         path = find_tokenizer(origin.source.folder)
     tokenizer = None if path is None else load_tokenizer(path)
-    check_tokenizer(data_prefixes(config.data), None if tokenizer is None else tokenizer.fingerprint, origin.model.vocab_size)
+    check_tokenizer(
+        data_prefixes(config.data), None if tokenizer is None else tokenizer.fingerprint, origin.model.vocab_size
+    )
     if config.tokenizer.path is not None and tokenizer is not None:
         others = {file.name for file in tokenizer.files}
         carried = [file for file in carried if file.name not in others] + list(tokenizer.files)
@@ -189,9 +191,7 @@ def _restore_progress(config: RunConfig, origin: Origin, data_state: dict[str, A
     return Progress.from_dict(origin.source.state or {}, str(origin.source.folder))
 
 
-def _build_step(
-    config: RunConfig, plan: Plan, origin: Origin, context: ParallelContext, world: World
-) -> TrainingStep:
+def _build_step(config: RunConfig, plan: Plan, origin: Origin, context: ParallelContext, world: World) -> TrainingStep:
     model = Transformer(origin.model, context, DTYPES[config.train.precision], world.device)
     return TrainingStep(
         model,
@@ -237,9 +237,7 @@ def _validation(config: RunConfig, plan: Plan, origin: Origin, model: Transforme
         return None
 
     def run() -> Evaluation:
-        return evaluate(
-            model, dataset, micro_batch=config.train.micro_batch, micro_batches=plan.micro_batches
-        )
+        return evaluate(model, dataset, micro_batch=config.train.micro_batch, micro_batches=plan.micro_batches)
 
     return run
 
@@ -276,5 +274,3 @@ def _describe_run(
         plan.micro_batches,
         config.train.micro_batch,
     )
-
-

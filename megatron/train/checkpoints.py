@@ -110,7 +110,11 @@ class Checkpoints:
                 **progress.to_dict(),
                 "updates": step.optimizer.updates,
                 "data": dict(self.data),
-                "grid": {"tensor": self.context.tp.size, "pipeline": self.context.pp.size, "data": self.context.data.size},
+                "grid": {
+                    "tensor": self.context.tp.size,
+                    "pipeline": self.context.pp.size,
+                    "data": self.context.data.size,
+                },
             },
             model_config={**self.origin.huggingface, **_dtype_names(step.model)},
             run_config_yaml=dump_config(self.config),

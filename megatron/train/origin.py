@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.manager import newest_checkpoint
 from megatron.checkpoint.check import check_weights
+from megatron.checkpoint.manager import newest_checkpoint
 from megatron.checkpoint.source import Source, open_source
 from megatron.config.model import ModelSettings
 from megatron.config.run import RunConfig
@@ -40,8 +40,8 @@ class Origin:
 def find_origin(config: RunConfig, world: World) -> Origin:
     """Decide what the run starts from, alike on all ranks.
 
-    In this order: the newest whole checkpoint in `checkpoint.save`; `checkpoint.load`; `model.init_from`; random weights.
-    Raises ConfigError or CheckpointError where a folder is not what it should be or contradicts `model.*`.
+    In this order: the newest whole checkpoint in `checkpoint.save`; `checkpoint.load`; `model.init_from`; random
+    weights. Raises ConfigError or CheckpointError where a folder is not what it should be or contradicts `model.*`.
     """
     newest = _newest(config, world)
     if newest is not None:

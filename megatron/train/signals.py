@@ -62,4 +62,3 @@ def _remove(path: Path) -> None:
         path.unlink()
     except OSError as error:
         _logger.warning("%s cannot be removed (%s); the next start will stop at once", path, error.strerror or error)
-

@@ -57,7 +57,7 @@ class TensorBoard:
                 "log.tensorboard is on but TensorBoard is not installed: `pip install 'megatron-med[tensorboard]'`, "
                 "or turn it off."
             ) from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=restored_step + 1)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=restored_step + 1)
 
     def write(self, step: int, figures: Mapping[str, float | int]) -> None:
         for name, value in figures.items():

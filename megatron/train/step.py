@@ -1,7 +1,7 @@
 """One training step: forward and backward over the micro-batches, reduce, clip, update.
 
-Nothing here waits for the device: figures stay tensors, and a gradient that is not finite skips the update by a factor on
-the device.
+Nothing here waits for the device: figures stay tensors, and a gradient that is not finite skips the update by a factor
+on the device.
 """
 
 from __future__ import annotations

@@ -87,6 +87,6 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"rank {self.world.launch.rank} ran out of device memory in step {self.progress.step + 1}: "
-                f"{memory_report(self.world.device)}. Make train.micro_batch or data.sequence_length smaller, or spread "
-                "the model over more GPUs with parallel.tensor or parallel.pipeline."
+                f"{memory_report(self.world.device)}. Make train.micro_batch or data.sequence_length smaller, or "
+                "spread the model over more GPUs with parallel.tensor or parallel.pipeline."
             ) from error

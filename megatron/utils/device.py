@@ -46,8 +46,8 @@ def memory_report(device: torch.device) -> str:
     free, total = torch.cuda.mem_get_info(device)
     return (
         f"{torch.cuda.memory_allocated(device) / gib:.1f} GiB allocated (peak "
-        f"{torch.cuda.max_memory_allocated(device) / gib:.1f}), {torch.cuda.memory_reserved(device) / gib:.1f} GiB reserved, "
-        f"{free / gib:.1f} of {total / gib:.1f} GiB free"
+        f"{torch.cuda.max_memory_allocated(device) / gib:.1f}), {torch.cuda.memory_reserved(device) / gib:.1f} GiB "
+        f"reserved, {free / gib:.1f} of {total / gib:.1f} GiB free"
     )
 
 

@@ -24,7 +24,7 @@ class StageFunction(Protocol):
     Returns activations for the next stage, or on the last one the loss sum, a scalar.
     """
 
-    def __call__(self, micro_batch: int, hidden: torch.Tensor | None) -> torch.Tensor: ...
+    def __call__(self, micro_batch: int, hidden: torch.Tensor | None, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)

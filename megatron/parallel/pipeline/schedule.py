@@ -1,7 +1,7 @@
 """Pipeline schedules as data: for each stage the list of actions, in the order it runs them.
 
-A schedule is a pure function of sizes. The engine executes any list; `check_schedule` proves one complete and free of deadlock
-without starting a process.
+A schedule is a pure function of sizes. The engine executes any list; `check_schedule` proves one complete and free of
+deadlock without starting a process.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def check_schedule(plan: Schedule, micro_batches: int, *, backward: bool = True)
     direction. Between neighbours there is one message order in each direction, alike on both sides.
     """
     for stage, actions in enumerate(plan):
-        expected = {Forward(number) for number in range(micro_batches)}
+        expected: set[Action] = {Forward(number) for number in range(micro_batches)}
         expected |= {Backward(number) for number in range(micro_batches)} if backward else set()
-        assert len(actions) == len(expected) and set(actions) == expected, f"stage {stage} does not run each action once"
+        assert len(actions) == len(expected) and set(actions) == expected, (
+            f"stage {stage} does not run each action once"
+        )
         for number in range(micro_batches if backward else 0):
             assert actions.index(Forward(number)) < actions.index(Backward(number)), f"stage {stage}: {number}"
     for kind in (Forward, Backward):

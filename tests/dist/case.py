@@ -1,0 +1,183 @@
+"""One training run as data: a model, a grid, batches; and the job that runs it and returns everything it did."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron.config.optimizer import OptimizerConfig
+from megatron.data.loader import MicroBatch
+from megatron.model.config import ModelConfig
+from megatron.model.initialize import initialize
+from megatron.model.transformer import Transformer
+from megatron.parallel.layers import ShardedParameter
+from megatron.parallel.layout import Region
+from megatron.parallel.mesh import Grid, connect
+from megatron.train.step import TrainingStep
+from tests.dist.strict import Log, strict_maker
+
+SEQUENCE_LENGTH = 16
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A grid and what else may differ; `micro_batches` per data rank, of `micro_batch` sequences."""
+
+    name: str
+    tensor: int = 1
+    data: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    zero: int = 0
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    vocabulary: int = 67  # divisible by nothing
+    tied: bool = False
+    micro_batches: int = 4
+    micro_batch: int = 1
+    ragged: bool = True
+    clip: float = 0.5
+    bucket_elements: int = 3000
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.tensor, self.data, self.pipeline)
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            head_dim=8,
+            tie_word_embeddings=self.tied,
+            initializer_range=0.2,
+        )
+
+    @property
+    def one_rank(self) -> Case:
+        """The same samples on one rank, all micro-batches of all data ranks in their order."""
+        return Case(
+            **{
+                **asdict(self),
+                "name": f"{self.name} on one rank",
+                "tensor": 1,
+                "data": 1,
+                "pipeline": 1,
+                "sequence": False,
+                "zero": 0,
+                "micro_batches": self.micro_batches * self.data,
+            }
+        )
+
+
+@dataclass
+class Result:
+    """What one rank saw: per step loss and gradient norm; reduced gradients of the first step and weights after the
+    last, as canonical regions; and what a strict communicator logged."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[tuple[Region, np.ndarray]] = field(default_factory=list)
+    weights: list[tuple[Region, np.ndarray]] = field(default_factory=list)
+    padding: float = 0.0
+    log: dict[str, list[str]] = field(default_factory=dict)
+    open_works: int = 0
+
+
+def batches_of(case: Case, step: int, data_rank: int) -> list[MicroBatch]:
+    """This data rank's micro-batches of a step: the same samples, dealt in Megatron's order, on any grid.
+
+    Ragged labels leave micro-batches with different numbers of loss-carrying tokens, one of them with none.
+    """
+    count = case.micro_batches * case.data * case.micro_batch
+    generator = torch.Generator().manual_seed(100 + step)
+    rows = torch.randint(0, case.vocabulary, (count, SEQUENCE_LENGTH + 1), generator=generator)
+    tokens, labels = rows[:, :-1].clone(), rows[:, 1:].clone()
+    if case.ragged:
+        for row in range(count):
+            labels[row, SEQUENCE_LENGTH - (5 * row) % (SEQUENCE_LENGTH + 1) :] = -1
+    result = []
+    for number in range(case.micro_batches):
+        start = (number * case.data + data_rank) * case.micro_batch
+        result.append(MicroBatch(tokens[start : start + case.micro_batch], labels[start : start + case.micro_batch]))
+    return result
+
+
+def run_case(rank: int, case: Case, strict: bool = False, mutation: str | None = None) -> Result:
+    """Two training steps of a case in float64 on this rank; all ranks of its grid call it together."""
+    from tests.dist.mutations import mutated
+
+    log = Log()
+    with mutated(mutation):
+        context = connect(
+            case.grid,
+            rank,
+            sequence=case.sequence,
+            num_key_value_heads=case.key_value_heads,
+            timeout_s=60.0,
+            make=strict_maker(log) if strict else None,
+        )
+        model = Transformer(case.model, context, torch.float64)
+        step = TrainingStep(
+            model,
+            context,
+            OptimizerConfig(learning_rate=1e-2, eps=1e-4, clip_grad=case.clip, decay_style="constant"),
+            micro_batches=case.micro_batches,
+            zero=case.zero,
+            decay_steps=STEPS,
+            bucket_elements=case.bucket_elements,
+        )
+        initialize(model, case.model, seed=7)
+        step.optimizer.reset_masters()
+        result = Result()
+        for number in range(STEPS):
+            outcome = step(batches_of(case, number, context.data.rank), number + 1)
+            result.losses.append(outcome.loss.item())
+            result.norms.append(outcome.grad_norm.item())
+            if number == 0:
+                result.gradients = _gradients(step)
+    result.weights = _weights(model)
+    result.padding = _padding(model)
+    result.log, result.open_works = log.issued, log.open_works
+    return result
+
+
+def _gradients(step: TrainingStep) -> list[tuple[Region, np.ndarray]]:
+    """The owned ranges of the reduced gradients (as the optimizer left them: divided by tokens and clipping)."""
+    found = []
+    for bucket in step.buckets:
+        for slot, start, stop in bucket.owned_slots():
+            flat = bucket.owned_gradients[start:stop]
+            for region, view in slot.spec.flat_regions(flat, bucket.owned[0] + start - slot.start):
+                found.append((region, view.numpy().copy()))
+    return found
+
+
+def _weights(model: torch.nn.Module) -> list[tuple[Region, np.ndarray]]:
+    found: list[tuple[Region, Any]] = []
+    for parameter in model.parameters():
+        assert isinstance(parameter, ShardedParameter)
+        for region, view in parameter.spec.regions(parameter.detach()):
+            found.append((region, view.numpy().copy()))
+    return found
+
+
+def _padding(model: torch.nn.Module) -> float:
+    """The largest weight that no canonical region covers: padding must stay zero."""
+    largest = 0.0
+    for parameter in model.parameters():
+        assert isinstance(parameter, ShardedParameter)
+        rest = parameter.detach().clone()
+        for _, view in parameter.spec.regions(rest):
+            view.zero_()
+        largest = max(largest, float(rest.abs().max()))
+    return largest

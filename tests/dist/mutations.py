@@ -1,0 +1,116 @@
+"""Ways to break the program on purpose: each takes out one collective, one wait or one scaling.
+
+A mutation is a context manager of patches; workers apply it around a run. What the equivalence check must find is
+only worth something if it finds these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from megatron.model import loss
+from megatron.optim import clip
+from megatron.parallel import gradients, layers
+from megatron.parallel.buckets import Bucket
+from megatron.parallel.collectives import Done
+from megatron.parallel.pipeline import engine
+from megatron.train import step
+
+
+def _own_share(tensor: torch.Tensor, axis: Any) -> torch.Tensor:
+    return tensor.chunk(axis.size)[axis.rank].contiguous()
+
+
+def _unwaited(start: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: (start(*arguments)[0], Done())
+
+
+def _unsummed_rows(tensor: torch.Tensor, axis: Any, sequence: bool) -> torch.Tensor:
+    return _own_share(tensor, axis) if sequence else tensor
+
+
+def _count_every_copy(original: Callable[..., Any]) -> Callable[..., Any]:
+    def pieces(bucket: Bucket, flat: torch.Tensor) -> Iterator[Any]:
+        for slot, piece, view in original(bucket, flat):
+            yield slot, dataclasses.replace(piece, copy_rank=0), view
+
+    return pieces
+
+
+def _padding_has_probability(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda logits, valid, *rest: function(logits, logits.shape[-1], *rest)
+
+
+def _finish_without_waiting(reducer: gradients.GradientReducer) -> None:
+    reducer._works, reducer._last = [], False
+    reducer._sum_copies()
+
+
+def _gather_without_waiting(buckets: list[Bucket], context: Any) -> None:
+    for bucket in buckets:
+        context.grad.comm.all_gather(bucket.weights, bucket.owned_weights)
+
+
+def _take_without_waiting(mail: Any, action: Any) -> torch.Tensor | None:
+    if mail.source is None:
+        return None
+    mail.ask(action)
+    return mail.expected.pop(action)[0]
+
+
+def _reuse_what_is_sent(original: Callable[..., None]) -> Callable[..., None]:
+    def send(mail: Any, message: torch.Tensor) -> None:
+        original(mail, message)
+        message.zero_()
+
+    return send
+
+
+def _ignore_tokens(norm: torch.Tensor, divisor: torch.Tensor, limit: float) -> torch.Tensor:
+    return clip.clip_divisor(norm, torch.ones_like(divisor), limit)
+
+
+MUTATIONS: dict[str, Callable[[], Any]] = {
+    "column-backward-not-reduced": lambda: patch.object(layers, "start_all_reduce", lambda *_: Done()),
+    "row-forward-not-reduced": lambda: patch.object(layers, "reduce_activations", _unsummed_rows),
+    "sequence-gradient-not-summed": lambda: patch.object(
+        layers, "start_reduce_scatter", lambda tensor, axis: (_own_share(tensor, axis), Done())
+    ),
+    "sequence-not-gathered": lambda: patch.object(
+        layers, "all_gather", lambda tensor, axis: tensor.repeat(axis.size, 1, 1)
+    ),
+    "loss-statistics-not-reduced": lambda: patch.object(loss, "all_reduce", lambda tensor, *_, **__: tensor),
+    "data-gradients-not-reduced": lambda: patch.object(gradients.GradientReducer, "_reduce", lambda *_: Done()),
+    "copies-not-summed": lambda: patch.object(gradients.GradientReducer, "_sum_copies", lambda _: None),
+    "updated-weights-not-gathered": lambda: patch.object(step, "gather_weights", lambda *_: None),
+    "norm-not-reduced": lambda: patch.object(clip, "all_reduce", lambda tensor, _: tensor),
+    "copies-counted-in-norm": lambda: patch.object(Bucket, "owned_pieces", _count_every_copy(Bucket.owned_pieces)),
+    "loss-totals-not-reduced": lambda: patch.object(step, "all_reduce", lambda tensor, _: tensor),
+    "gradients-not-divided-by-tokens": lambda: patch.object(step, "clip_divisor", _ignore_tokens),
+    "padding-in-the-softmax": lambda: patch.object(loss, "local_sums", _padding_has_probability(loss.local_sums)),
+    "padding-gets-gradient": lambda: patch.object(
+        loss, "logits_gradient", _padding_has_probability(loss.logits_gradient)
+    ),
+    # These need a communicator that punishes them: gloo is usually done before anybody looks.
+    "column-backward-not-waited": lambda: patch.object(
+        layers, "start_reduce_scatter", _unwaited(layers.start_reduce_scatter)
+    ),
+    "inputs-gathered-not-waited": lambda: patch.object(layers, "start_all_gather", _unwaited(layers.start_all_gather)),
+    "data-gradients-not-waited": lambda: patch.object(gradients.GradientReducer, "finish", _finish_without_waiting),
+    "weights-not-waited": lambda: patch.object(step, "gather_weights", _gather_without_waiting),
+    "message-not-waited": lambda: patch.object(engine._Mail, "take", _take_without_waiting),
+    "sent-buffer-reused": lambda: patch.object(engine._Mail, "send", _reuse_what_is_sent(engine._Mail.send)),
+}
+
+
+@contextlib.contextmanager
+def mutated(name: str | None) -> Iterator[None]:
+    """Break the program as `name` says (None: not at all)."""
+    with contextlib.nullcontext() if name is None else MUTATIONS[name]():
+        yield

@@ -1,0 +1,59 @@
+"""Any grid gives the loss, every gradient and every weight of the one-rank model, in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+
+from tests.dist.case import Case, Result, run_case
+from tests.dist.compare import TOLERANCE, deviation
+from tests.dist.pool import Pool
+
+CASES = [
+    Case("tp2", tensor=2),
+    Case("tp2-sequence", tensor=2, sequence=True),
+    Case("pp2", pipeline=2),
+    Case("dp2", data=2),
+    Case("dp2-zero", data=2, zero=1),
+    Case("tied-one-stage-dp2-zero", data=2, zero=1, tied=True),
+    Case("tied-pp2", pipeline=2, tied=True),
+    Case("tp2-pp2-five-layers", tensor=2, pipeline=2, sequence=True, layers=5),
+    Case("tp2-dp2-zero", tensor=2, data=2, sequence=True, zero=1),
+    Case("tp2-dp2-plain", tensor=2, data=2),
+    Case("tied-pp2-dp2-zero", pipeline=2, data=2, zero=1, tied=True),
+    Case("tp4-above-key-value-heads", tensor=4, sequence=True, key_value_heads=2),
+    Case("tp4-one-key-value-head", tensor=4, key_value_heads=1),
+    Case("tp2-dp2-one-key-value-head-zero", tensor=2, data=2, sequence=True, zero=1, key_value_heads=1),
+    Case("pp4-fewer-micro-batches", pipeline=4, micro_batches=2, micro_batch=2),
+    Case("pp3-uneven", pipeline=3, layers=5, micro_batches=5),
+    Case("tp2-pp2-one-micro-batch", tensor=2, pipeline=2, micro_batches=1, micro_batch=3, ragged=False),
+    Case("tp4-wide-padding", tensor=4, vocabulary=65, sequence=True),
+    Case("dp2-one-large-bucket", data=2, zero=1, bucket_elements=10**9, clip=0.0),
+    Case(
+        "tied-tp2-pp2-dp2-everything",
+        tensor=2,
+        pipeline=2,
+        data=2,
+        sequence=True,
+        zero=1,
+        tied=True,
+        layers=5,
+        key_value_heads=1,
+        micro_batches=3,
+    ),
+]
+
+
+@functools.cache
+def reference(case: Case) -> Result:
+    """The one-rank run, in this process."""
+    return run_case(0, case)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["gloo", "strict"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_grid_equals_one_rank(case: Case, strict: bool, pools: Callable[[int], Pool]) -> None:
+    results = pools(case.grid.world_size).run(run_case, case, strict)
+    assert deviation(results, reference(case.one_rank)) <= TOLERANCE

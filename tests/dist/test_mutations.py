@@ -1,0 +1,69 @@
+"""The mutation twins of the equivalence tests: break one thing, and the check must fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.dist.case import Case, run_case
+from tests.dist.compare import TOLERANCE, deviation
+from tests.dist.mutations import MUTATIONS
+from tests.dist.pool import Pool, WorkerError
+
+TENSOR = Case("tp2", tensor=2)
+SEQUENCE = Case("tp2-sequence", tensor=2, sequence=True)
+DATA = Case("dp2", data=2)
+ZERO = Case("dp2-zero", data=2, zero=1)
+PIPELINE = Case("pp2", pipeline=2)
+TIED = Case("tied-pp2", pipeline=2, tied=True)
+KEY_VALUE_COPIES = Case("tp2-one-key-value-head", tensor=2, key_value_heads=1)
+
+# (mutation, case, strict communicator)
+TWINS = [
+    ("column-backward-not-reduced", TENSOR, False),
+    ("row-forward-not-reduced", TENSOR, False),
+    ("row-forward-not-reduced", SEQUENCE, False),
+    ("sequence-gradient-not-summed", SEQUENCE, False),
+    ("sequence-not-gathered", SEQUENCE, False),
+    ("loss-statistics-not-reduced", TENSOR, False),
+    ("data-gradients-not-reduced", DATA, False),
+    ("copies-not-summed", SEQUENCE, False),
+    ("copies-not-summed", KEY_VALUE_COPIES, False),
+    ("copies-not-summed", TIED, False),
+    ("updated-weights-not-gathered", ZERO, False),
+    ("norm-not-reduced", PIPELINE, False),
+    ("norm-not-reduced", ZERO, False),
+    ("copies-counted-in-norm", TIED, False),
+    ("copies-counted-in-norm", KEY_VALUE_COPIES, False),
+    ("loss-totals-not-reduced", DATA, False),
+    ("gradients-not-divided-by-tokens", DATA, False),
+    ("padding-in-the-softmax", TENSOR, False),
+    ("padding-gets-gradient", TENSOR, False),
+    ("column-backward-not-waited", SEQUENCE, True),
+    ("inputs-gathered-not-waited", SEQUENCE, True),
+    ("data-gradients-not-waited", DATA, True),
+    ("weights-not-waited", ZERO, True),
+    ("message-not-waited", PIPELINE, True),
+    ("sent-buffer-reused", PIPELINE, True),
+]
+
+
+def test_every_mutation_has_a_twin() -> None:
+    assert {mutation for mutation, _, _ in TWINS} == set(MUTATIONS)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "case", "strict"), TWINS, ids=[f"{mutation}-{case.name}" for mutation, case, _ in TWINS]
+)
+def test_broken_program_is_noticed(mutation: str, case: Case, strict: bool, pools: Callable[[int], Pool]) -> None:
+    reference = run_case(0, case.one_rank)
+    try:
+        found = deviation(pools(2).run(run_case, case, strict, mutation), reference)
+    except WorkerError as error:
+        assert "AssertionError" in str(error), error  # one of the program's own checks, not a broken mutation
+        return
+    except AssertionError:
+        return  # an exact rule was broken
+    # Far above the tolerance, so that noise cannot be taken for a find.
+    assert found > 1e3 * TOLERANCE

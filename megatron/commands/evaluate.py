@@ -6,6 +6,8 @@ import argparse
 
 HELP = "measure a model's loss and perplexity on a .bin/.idx pair"
 
+_CURE = "Make --micro-batch or --sequence-length smaller, or use more processes with --tensor or --pipeline."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load", required=True, metavar="FOLDER", help="a checkpoint or a Hugging Face folder")
@@ -26,33 +28,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import dataclasses
     import json
     import sys
 
     from megatron.evaluate.run import evaluate_folder
     from megatron.parallel.world import start_world
+    from megatron.utils.device import explain_out_of_memory
 
     world = start_world(timeout_s=1800)
     try:
-        result = evaluate_folder(
-            world,
-            load=arguments.load,
-            data=arguments.data,
-            sequence_length=arguments.sequence_length,
-            micro_batch=arguments.micro_batch,
-            precision=arguments.precision,
-            tensor=arguments.tensor,
-            pipeline=arguments.pipeline,
-        )
+        with explain_out_of_memory(world.device, world.launch.rank, _CURE):
+            result = evaluate_folder(
+                world,
+                load=arguments.load,
+                data=arguments.data,
+                sequence_length=arguments.sequence_length,
+                micro_batch=arguments.micro_batch,
+                precision=arguments.precision,
+                tensor=arguments.tensor,
+                pipeline=arguments.pipeline,
+            )
     finally:
         world.close()
     if world.launch.rank == 0:
-        fields = dataclasses.asdict(result)
-        sys.stdout.write(
-            json.dumps({"loss": fields["loss"], "perplexity": result.perplexity, "tokens": fields["tokens"]})
-        )
-        sys.stdout.write("\n")
+        line = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
+        sys.stdout.write(json.dumps(line) + "\n")
     return 0
 
 

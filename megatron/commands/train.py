@@ -7,6 +7,11 @@ import argparse
 HELP = "train a model, alone or under torchrun"
 TAKES_OVERRIDES = True
 
+_CURE = (
+    "Make train.micro_batch or data.sequence_length smaller, or spread the model over more devices with "
+    "parallel.tensor, parallel.pipeline or, for the optimizer state, more data ranks with parallel.zero 1."
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="configuration file, or the name of a preset (see docs)")
@@ -19,10 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from megatron.parallel.world import start_world
     from megatron.train.build import build_trainer
+    from megatron.utils.device import explain_out_of_memory
 
     world = start_world(config.parallel.timeout_s)
     try:
-        with build_trainer(config, world) as trainer:
+        with (
+            explain_out_of_memory(world.device, world.launch.rank, _CURE),
+            build_trainer(config, world) as trainer,
+        ):
             trainer.fit()
     finally:
         world.close()

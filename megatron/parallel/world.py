@@ -51,9 +51,10 @@ class World:
         payload = text.encode()
         lengths = all_gather(torch.tensor([len(payload)]), self.control).tolist()
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
-        padded[: len(payload)] = torch.tensor(list(payload), dtype=torch.uint8)
+        if payload:
+            padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         gathered = all_gather(padded, self.control).view(len(lengths), -1)
-        return [bytes(row[:length].tolist()).decode() for row, length in zip(gathered, lengths, strict=True)]
+        return [row[:length].numpy().tobytes().decode() for row, length in zip(gathered, lengths, strict=True)]
 
     def vote(self, ballot: int) -> Vote:
         """Start finding the largest ballot of all ranks; the step goes on meanwhile."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from megatron.data.loader import BatchLoader, MicroBatch
 from megatron.evaluate.perplexity import to_device
 from megatron.parallel.world import World
@@ -13,8 +11,7 @@ from megatron.train.hooks import Hook
 from megatron.train.signals import StopWish
 from megatron.train.state import Progress
 from megatron.train.step import StepOutcome, TrainingStep
-from megatron.utils.device import memory_report
-from megatron.utils.errors import MegatronError, ResourceError
+from megatron.utils.errors import MegatronError
 from megatron.utils.logging import get_logger
 
 _logger = get_logger("megatron.train")
@@ -81,12 +78,5 @@ class Trainer:
             return [], error
 
     def _train_on(self, batch: Sequence[MicroBatch]) -> StepOutcome:
-        try:
-            micro_batches = [to_device(micro_batch, self.world.device) for micro_batch in batch]
-            return self.step(micro_batches, self.progress.step + 1)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"rank {self.world.launch.rank} ran out of device memory in step {self.progress.step + 1}: "
-                f"{memory_report(self.world.device)}. Make train.micro_batch or data.sequence_length smaller, or "
-                "spread the model over more GPUs with parallel.tensor or parallel.pipeline."
-            ) from error
+        micro_batches = [to_device(micro_batch, self.world.device) for micro_batch in batch]
+        return self.step(micro_batches, self.progress.step + 1)

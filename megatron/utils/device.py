@@ -5,7 +5,13 @@ Nothing else below `train` asks `torch.cuda` directly, so that the same program 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+from megatron.utils.environment import request_deterministic_products
+from megatron.utils.errors import ResourceError
 
 # Dense bf16 peaks of the data sheets, in FLOP/s; more specific names first.
 _PEAK_FLOPS_BF16 = (
@@ -38,10 +44,22 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for known, peak in _PEAK_FLOPS_BF16 if known in name), None)
 
 
-def memory_report(device: torch.device) -> str:
+@contextmanager
+def explain_out_of_memory(device: torch.device, rank: int, cure: str) -> Iterator[None]:
+    """Turn running out of memory, on a GPU or the host, into one ResourceError with the figures and the cure."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        text = f"rank {rank} ran out of memory on {device}: {_memory_report(device, error)}. {cure}"
+        raise ResourceError(text) from error
+
+
+def _memory_report(device: torch.device, error: RuntimeError) -> str:
     """Memory figures of the device for an error message."""
     if device.type != "cuda":
-        return "no figures for a CPU"
+        return str(error).splitlines()[0].partition("DefaultCPUAllocator: ")[2].rstrip(".")
     gib = 2**30
     free, total = torch.cuda.mem_get_info(device)
     return (
@@ -54,6 +72,8 @@ def memory_report(device: torch.device) -> str:
 def seed_everything(seed: int, deterministic: bool) -> None:
     """Seed torch's generators; with `deterministic`, refuse operations whose result may differ between runs."""
     torch.manual_seed(seed)
+    if deterministic:
+        request_deterministic_products()
     torch.use_deterministic_algorithms(deterministic)
 
 

@@ -66,3 +66,8 @@ def _whole_number(name: str, value: str) -> int:
 
 def _list(found: dict[str, str | None]) -> str:
     return ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
+
+
+def request_deterministic_products() -> None:
+    """Ask cuBLAS for workspaces with which its matrix products are deterministic, unless the user chose some."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from .conftest import CONFIG, save
 
 def _shown(text: str) -> dict[str, str]:
     """The table as label -> text."""
-    return {line[:23].strip(): line[23:].strip() for line in text.splitlines()}
+    return dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
 
 
 @pytest.fixture

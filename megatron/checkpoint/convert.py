@@ -242,7 +242,7 @@ def _check_destination(destination: Path) -> None:
 @contextmanager
 def _new_folder(destination: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `destination` if all goes well and is removed if not."""
-    partial = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}{PARTIAL}")
+    partial = destination.with_name(f"{destination.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         partial.mkdir(parents=True)
         try:

@@ -8,6 +8,7 @@ closing `n`; everything little-endian.
 
 from __future__ import annotations
 
+import secrets
 import struct
 from array import array
 from pathlib import Path
@@ -158,8 +159,10 @@ class IndexedWriter:
         assert self.dtype in _CODES, f"{self.dtype} cannot hold tokens"
         self.num_tokens = 0
         self.bin_path, self.idx_path = pair_paths(self.prefix)
-        self._partial_bin = self.bin_path.with_name(f".{self.bin_path.name}.partial")
-        self._partial_idx = self.idx_path.with_name(f".{self.idx_path.name}.partial")
+        # Of this writer alone: two runs that were given the same prefix by mistake must not mix their tokens.
+        ending = f".{secrets.token_hex(4)}.partial"
+        self._partial_bin = self.bin_path.with_name(self.bin_path.name + ending)
+        self._partial_idx = self.idx_path.with_name(self.idx_path.name + ending)
         self._sizes = array("i")
         self._documents = array("q", [0])
         self._file: BinaryIO | None = open(self._partial_bin, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close

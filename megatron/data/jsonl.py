@@ -23,11 +23,7 @@ class Chunk:
 
     file: Path
     first_line: int
-    lines: list[bytes]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(map(len, self.lines))
+    content: bytes
 
 
 @dataclass(frozen=True)
@@ -46,12 +42,10 @@ def read_chunks(file: Path, done: Callable[[ReadFile], None], chunk_bytes: int =
     try:
         with open(file, "rb") as stream:
             while lines := stream.readlines(chunk_bytes):
-                for line in lines:
-                    digest.update(line)
-                    num_bytes += len(line)
-                if first_line == 1:
-                    lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
-                yield Chunk(file, first_line, lines)
+                content = b"".join(lines)
+                digest.update(content)
+                num_bytes += len(content)
+                yield Chunk(file, first_line, content.removeprefix(_BYTE_ORDER_MARK) if first_line == 1 else content)
                 first_line += len(lines)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
@@ -64,7 +58,7 @@ def parse_texts(chunk: Chunk, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
     Raises DataError with the file, the line's number and the reason for a line that is not a JSON object in UTF-8
     with a text under each key.
     """
-    for number, line in enumerate(chunk.lines, start=chunk.first_line):
+    for number, line in enumerate(chunk.content.split(b"\n"), start=chunk.first_line):
         if line.isspace() or not line:
             continue
         try:

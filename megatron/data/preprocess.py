@@ -11,10 +11,11 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.data.encode import Encoded, Encoding, encode_here, encode_in_workers
+from megatron.data.encode import Encoded, Encoding, encode_here
 from megatron.data.indexed import IndexedWriter, dtype_for_vocabulary
 from megatron.data.jsonl import CHUNK_BYTES, Chunk, ReadFile, read_chunks
 from megatron.data.provenance import Provenance, provenance_path, write_provenance
+from megatron.data.workers import encode_in_workers
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.utils.errors import ConfigError, DataError, ResourceError
 from megatron.utils.files import ensure_writable_folder
@@ -101,7 +102,7 @@ class _Run:
         if workers <= 1:
             yield from encode_here(chunks, self._tokenizer, encoding)
         else:
-            yield from encode_in_workers(chunks, encoding, workers)
+            yield from encode_in_workers(chunks, encoding, vocab_size=self._tokenizer.vocab_size, workers=workers)
 
     def _chunks(self) -> Iterator[Chunk]:
         for file in self._options.inputs:

@@ -1,0 +1,119 @@
+"""Samples of one pair in both orders, against the joined documents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.data.dataset import ENDLESS
+from megatron.data.indexed import IndexedReader, IndexedWriter
+from megatron.data.pretraining import MegatronOrderDataset, StableOrderDataset
+from megatron.utils.errors import DataError
+
+from .conftest import MakePair
+
+
+def numbered(sizes: list[int]) -> list[list[int]]:
+    """Documents of these sizes in which no token occurs twice."""
+    ends = np.cumsum([0, *sizes])
+    return [list(range(low, high)) for low, high in pairwise(ends)]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=10).filter(lambda sizes: sum(sizes) > 7),
+    sequence_length=st.integers(1, 7),
+    samples=st.integers(1, 40),
+)
+@settings(max_examples=80, deadline=None)
+def test_megatron_samples_are_runs_of_the_shuffled_documents(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], sequence_length: int, samples: int
+) -> None:
+    prefix = str(tmp_path_factory.mktemp("pair") / "p")
+    documents = numbered(sizes)
+    with IndexedWriter(prefix, "<u2") as writer:
+        for document in documents:
+            writer.add_sequence(document)
+            writer.end_document()
+    dataset = MegatronOrderDataset(prefix, sequence_length=sequence_length, samples=samples, seed=3)
+    stream = [token for number in dataset.order.document_index for token in documents[number]]
+    for index in range(len(dataset)):
+        start = int(dataset.order.shuffle_index[index]) * sequence_length
+        sample = dataset.sample(index)
+        assert sample.dtype == np.int64
+        assert sample.tolist() == stream[start : start + sequence_length + 1]
+    assert sorted(dataset.order.shuffle_index.tolist()) == list(range(len(dataset)))
+
+
+def test_megatron_samples_of_the_real_pair(shared: Path) -> None:
+    prefix = str(shared / "data/megatron/meg-gpt2-openwebtext_text_document")
+    dataset = MegatronOrderDataset(prefix, sequence_length=1024, samples=3000, seed=1234)
+    reader = IndexedReader(prefix)
+    order = dataset.order.document_index.tolist()
+    stream = np.concatenate([reader.read(number) for number in order])
+    for index in (0, 1, 77, len(dataset) - 1):
+        start = int(dataset.order.shuffle_index[index]) * 1024
+        assert dataset.sample(index).tolist() == stream[start : start + 1025].tolist()
+
+
+def test_every_stable_epoch_visits_every_window_once_in_another_order(make_pair: MakePair) -> None:
+    prefix = make_pair(numbered([30, 0, 51, 23]))  # 104 tokens: 20 windows of 5, and 3 tokens that are left over
+    dataset = StableOrderDataset(prefix, sequence_length=5, seed=1)
+    assert dataset.windows_per_epoch == 20
+    epochs = [[dataset.sample(20 * epoch + i).tolist() for i in range(20)] for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == [list(range(5 * w, 5 * w + 6)) for w in range(20)]
+    assert epochs[0] != sorted(epochs[0])
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert len(dataset) == ENDLESS
+
+
+def test_stable_windows_share_exactly_one_token(make_pair: MakePair) -> None:
+    dataset = StableOrderDataset(make_pair(numbered([26])), sequence_length=5, seed=9)
+    counts = Counter(token for i in range(5) for token in dataset.sample(i).tolist())
+    assert {token for token, count in counts.items() if count == 2} == {5, 10, 15, 20}
+    assert sorted(counts) == list(range(26))
+
+
+def test_a_stable_sample_depends_on_its_position_alone(make_pair: MakePair) -> None:
+    prefix = make_pair(numbered([40, 60]))
+    first = StableOrderDataset(prefix, sequence_length=7, seed=5)
+    forwards = [first.sample(i).tolist() for i in range(60)]
+    second = StableOrderDataset(prefix, sequence_length=7, seed=5)
+    backwards = [second.sample(i).tolist() for i in reversed(range(60))]
+    assert forwards == backwards[::-1]
+    other = StableOrderDataset(prefix, sequence_length=7, seed=6)
+    assert forwards != [other.sample(i).tolist() for i in range(60)]
+
+
+def test_less_than_one_window_is_an_error_that_says_what_would_do(make_pair: MakePair) -> None:
+    prefix = make_pair(numbered([4, 4]))
+    for order in (
+        lambda s: MegatronOrderDataset(prefix, sequence_length=s, samples=3, seed=1),
+        lambda s: StableOrderDataset(prefix, sequence_length=s, seed=1),
+    ):
+        assert sorted(order(7).sample(0).tolist()) == list(range(8))
+        with pytest.raises(DataError, match=r"8 tokens.*= 9.*at most 7"):
+            order(8)
+
+
+def test_a_pair_without_tokens_is_an_error(make_pair: MakePair) -> None:
+    with pytest.raises(DataError, match="0 tokens"):
+        MegatronOrderDataset(make_pair([[], []]), sequence_length=4, samples=1, seed=1)
+
+
+@pytest.mark.parametrize("order", ["megatron", "stable"])
+def test_a_stored_negative_token_is_damage_and_not_padding(make_pair: MakePair, order: str) -> None:
+    prefix = make_pair([[1, 2, 3, 4, -1]], dtype="<i4")
+    dataset = (
+        MegatronOrderDataset(prefix, sequence_length=4, samples=1, seed=1)
+        if order == "megatron"
+        else StableOrderDataset(prefix, sequence_length=4, seed=1)
+    )
+    with pytest.raises(DataError, match=r"corpus_text_document.bin .* holds the token -1"):
+        dataset.sample(0)

@@ -106,16 +106,17 @@ def _drop_later(path: Path, restored_step: int) -> None:
     """Keep the lines up to the restored step; a half-written last line of a killed run goes as well."""
     if not path.exists():
         return
-    kept, dropped = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            earlier = json.loads(line)["step"] <= restored_step
-        except (ValueError, KeyError, TypeError):
-            earlier = False
-        if earlier:
-            kept.append(line + "\n")
-        else:
-            dropped += 1
-    if dropped:
-        _logger.info("%s: %d lines after step %d are dropped", path, dropped, restored_step)
-        write_atomically(path, "".join(kept))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
+    kept = "".join(line + "\n" for line in lines if _step_of(line) <= restored_step)
+    if kept != text:
+        _logger.info("%s: %d lines after step %d are dropped", path, len(lines) - kept.count("\n"), restored_step)
+        write_atomically(path, kept)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that is not whole."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

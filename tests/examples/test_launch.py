@@ -143,7 +143,10 @@ def test_when_the_time_is_over_training_is_asked_to_stop_and_the_job_requeued(
     stop.parent.mkdir(parents=True)
     stop.touch()  # left over from the run before: not meant for this one
     # Training goes on until it finds the stop file, then takes a moment to save.
-    training = f"[ ! -e {stop} ] || exit 9; touch $RECORD/going; while [ ! -e {stop} ]; do sleep 0.05; done; rm {stop}; sleep 0.5; {ending}"
+    training = (
+        f"[ ! -e {stop} ] || exit 9; touch $RECORD/going; "
+        f"while [ ! -e {stop} ]; do sleep 0.05; done; rm {stop}; sleep 0.5; {ending}"
+    )
     with start_job(place, "examples/slurm/config-70b.yaml", training=training) as job:
         deadline = time.monotonic() + 30
         while not (place / "record" / "going").exists():

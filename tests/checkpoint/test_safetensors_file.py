@@ -58,6 +58,16 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     assert (len(content), hashlib.sha256(content).hexdigest()) == (size_bytes, digest)
 
 
+def test_the_caller_may_reuse_its_memory(tmp_path: Path) -> None:
+    """Hashing runs beside writing and is slower: it must have ended as well."""
+    rows = torch.ones(16 * 2**20, dtype=torch.bfloat16)
+    with SafetensorsWriter(tmp_path / "a.safetensors", {"x": (rows.dtype, tuple(rows.shape))}) as writer:
+        writer.write("x", rows)
+        rows.zero_()
+        _, digest = writer.close()
+    assert digest == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+
+
 def test_tensors_are_aligned_to_their_elements(tmp_path: Path) -> None:
     _write(tmp_path / "a.safetensors", _tensors())
     with SafetensorsReader(tmp_path / "a.safetensors") as reader:

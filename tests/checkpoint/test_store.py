@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -155,6 +156,32 @@ def test_one_rank_with_a_full_disk_fails_all_alike(tmp_path: Path, tensors, monk
     assert "No space left on device" in str(errors[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_0000001"]
     assert manager.newest_checkpoint(tmp_path) == tmp_path / "step_0000001"
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, tensors, monkeypatch) -> None:
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def recording_fsync(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def recording_rename(path, target):
+        events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "rename", recording_rename)
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(b"pieces")
+    assert save(tmp_path / "save", tensors, ranks=2, cuts=3, tokenizer_files=(tokenizer,)) == [None, None]
+    before, after = events[: events.index("rename")], events[events.index("rename") :]
+    synced = {re.sub(r"/\.([^/]+)\.\w{8}\.tmp$", r"/\1", path) for path in before}  # atomic writes have temporary names
+    partial = str(tmp_path / "save" / "step_0000001.partial")
+    written = {path.name for path in (tmp_path / "save" / "step_0000001").iterdir()}
+    assert len(written) >= 8
+    assert {partial, *(f"{partial}/{name}" for name in written)} <= synced
+    assert str(tmp_path / "save") in after
 
 
 def test_too_little_room_is_told_before_writing(tmp_path: Path, tensors, monkeypatch) -> None:

@@ -48,20 +48,21 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron.data.preprocess import PreprocessOptions, preprocess
     from megatron.tokenizer import read_extra_tokens
 
-    # Ended from outside, clean up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, _leave)
-    preprocess(
-        PreprocessOptions(
-            inputs=tuple(arguments.input),
-            output_prefix=arguments.output_prefix,
-            tokenizer=arguments.tokenizer,
-            workers=len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers,
-            append_eod=arguments.append_eod,
-            eod_token=arguments.eod_token,
-            json_keys=tuple(arguments.json_keys),
-            extra_tokens=tuple(read_extra_tokens(arguments.extra_tokens)) if arguments.extra_tokens else (),
-        )
+    options = PreprocessOptions(
+        inputs=tuple(arguments.input),
+        output_prefix=arguments.output_prefix,
+        tokenizer=arguments.tokenizer,
+        workers=len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers,
+        append_eod=arguments.append_eod,
+        eod_token=arguments.eod_token,
+        json_keys=tuple(arguments.json_keys),
+        extra_tokens=tuple(read_extra_tokens(arguments.extra_tokens)) if arguments.extra_tokens else (),
     )
+    before = signal.signal(signal.SIGTERM, _leave)  # ended from outside, clean up as after Ctrl-C
+    try:
+        preprocess(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -6,9 +6,10 @@ Both formats (Hugging Face's and ours) are read through this. It knows no file f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron.parallel.layout import Region
@@ -82,4 +83,13 @@ def _find_problem(pieces: list[StoredPiece]) -> str | None:
     held, whole = sum(piece.region.numel for piece in pieces), math.prod(shape)
     if held != whole:
         return f"the pieces hold {held:,} elements of {whole:,} (shape {shape})"
-    return None
+    return "two pieces overlap" if len(pieces) > 1 and _overlap([piece.region for piece in pieces]) else None
+
+
+def _overlap(regions: Sequence[Region]) -> bool:
+    """Whether two of some rectangles meet. Compares all pairs: a tensor has a hundred pieces at most."""
+    start = np.array([region.start for region in regions])
+    stop = start + np.array([region.size for region in regions])
+    meet = (np.maximum(start[:, None], start[None]) < np.minimum(stop[:, None], stop[None])).all(axis=-1)
+    np.fill_diagonal(meet, False)
+    return bool(meet.any())

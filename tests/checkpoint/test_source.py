@@ -16,7 +16,7 @@ from megatron.checkpoint.source import open_source
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
 
-from .conftest import CONFIG
+from .conftest import CONFIG, save
 
 INDEX = "model.safetensors.index.json"
 
@@ -148,3 +148,36 @@ def test_the_head_of_a_tied_model_must_be_its_embedding(tmp_path: Path, equal: b
     else:
         with pytest.raises(CheckpointError, match=r"1 unexpected: lm_head\.weight"):
             check_weights(open_source(tmp_path), expected)
+
+
+def test_a_step_folder_is_checked_when_it_is_opened(saved: Path) -> None:
+    os.truncate(saved / "step_0000002" / "weights-00000.safetensors", 9)
+    with pytest.raises(CheckpointError, match=r"step_0000002 is incomplete: weights-00000\.safetensors \(has 9 bytes"):
+        open_source(saved / "step_0000002")
+
+
+def _replace_entry(folder: Path, name: str, old: str, new: str) -> None:
+    """Change the line of a tensor's weights in checkpoint.json."""
+    path = folder / "checkpoint.json"
+    lines = path.read_text().splitlines()
+    number = next(number for number, line in enumerate(lines) if name in line)
+    assert old in lines[number]
+    lines[number] = lines[number].replace(old, new)
+    path.write_text("\n".join(lines))
+
+
+def test_pieces_that_overlap_do_not_pass_for_a_whole(tmp_path: Path) -> None:
+    save(tmp_path, {"weights": {"x": torch.ones(2)}}, cuts=1)
+    folder = tmp_path / "step_0000001"
+    _replace_entry(folder, '"x"', '"start": [1]', '"start": [0]')
+    with pytest.raises(CheckpointError, match="weights of x: two pieces overlap"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize(("old", "new"), [('"BF16"', '"F16"'), ('"key": "model.norm', '"key": "model.nork')])
+def test_a_file_of_another_save_is_noticed(tmp_path: Path, tensors, old: str, new: str) -> None:
+    save(tmp_path, tensors)
+    folder = tmp_path / "step_0000001"
+    _replace_entry(folder, '"model.norm.weight"', old, new)
+    with pytest.raises(CheckpointError, match=r"does not hold model\.nor"):
+        open_source(folder).read(Region.whole("model.norm.weight", (8,)), torch.empty(8))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from megatron.config.data import SYNTHETIC, DataConfig, Source
 from megatron.data.blend import MegatronBlend, StableBlend, greedy_choices, member_samples, normalised
 from megatron.data.dataset import Dataset
+from megatron.data.indexed import require_pair
 from megatron.data.pretraining import MegatronOrderDataset, StableOrderDataset
 from megatron.data.provenance import provenance_path, read_provenance
 from megatron.data.synthetic import SyntheticDataset
 from megatron.data.windows import FixedSet, StreamWindows
+from megatron.tokenizer import load_tokenizer
 from megatron.utils.errors import ConfigError, DataError
 from megatron.utils.logging import get_logger
 
@@ -71,13 +74,15 @@ def data_prefixes(config: DataConfig) -> list[str]:
     return list(dict.fromkeys(prefix for source in named for _, prefix in _as_blend(source)))
 
 
-def check_tokenizer(prefixes: Iterable[str], fingerprint: str | None, vocab_size: int) -> None:
+def check_tokenizer(prefixes: Iterable[str], tokenizer: Path | None, vocab_size: int) -> None:
     """Check that pairs were made with the model's tokenizer, as far as their `.json` files tell.
 
-    `fingerprint` is that of the tokenizer in use (None: unknown), `vocab_size` the model's. A pair without a `.json`
-    (one that Megatron made, say) passes with a message. Raises DataError for another tokenizer or a larger vocabulary.
+    `tokenizer` is the one in use (None: unknown); tokens that were added to it for a pair may differ, as long as they
+    are within `vocab_size`, the model's. A pair without a `.json` (one that Megatron made, say) passes with a message.
+    Raises DataError for another tokenizer or a larger vocabulary.
     """
     for prefix in prefixes:
+        require_pair(prefix)
         provenance = read_provenance(prefix)
         if provenance is None:
             _LOGGER.info("%s is not there: whether the data fit the tokenizer is not checked", provenance_path(prefix))
@@ -88,11 +93,15 @@ def check_tokenizer(prefixes: Iterable[str], fingerprint: str | None, vocab_size
                 f"{len(provenance.added_tokens)} added tokens), but the model has {vocab_size:,} tokens; "
                 "tokenize with the model's tokenizer, or enlarge the model's vocabulary"
             )
-        if fingerprint is not None and provenance.tokenizer_fingerprint != fingerprint:
+        if tokenizer is None:
+            continue
+        fingerprint = load_tokenizer(tokenizer, provenance.added_tokens).fingerprint
+        if provenance.tokenizer_fingerprint != fingerprint:
             raise DataError(
                 f"{prefix} was made with another tokenizer ({provenance.tokenizer}, fingerprint "
-                f"{provenance.tokenizer_fingerprint[:12]}) than the model's (fingerprint {fingerprint[:12]}), so its "
-                "ids mean other tokens; run `megatron preprocess` with the model's tokenizer and --extra-tokens"
+                f"{provenance.tokenizer_fingerprint[:12]}) than the model's ({tokenizer}, fingerprint "
+                f"{fingerprint[:12]}), so its ids mean other tokens; run `megatron preprocess` with the "
+                "model's tokenizer"
             )
 
 

@@ -60,7 +60,7 @@ class IndexedReader:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = clean_prefix(prefix)
         self.bin_path, self.idx_path = pair_paths(self.prefix)
-        _require_pair(self.prefix, self.bin_path, self.idx_path)
+        require_pair(self.prefix)
         try:
             self._open_index()
         except OSError as error:
@@ -273,7 +273,9 @@ def _damage(actual: int, expected: int) -> str:
     return "the file is too long, or the two files do not belong together"
 
 
-def _require_pair(prefix: str, bin_path: Path, idx_path: Path) -> None:
+def require_pair(prefix: str | Path) -> None:
+    """Raise DataError, saying what is there instead, unless both files of a pair exist."""
+    bin_path, idx_path = pair_paths(prefix)
     missing = [path for path in (bin_path, idx_path) if not path.is_file()]
     if len(missing) == 1:
         other = idx_path if missing[0] == bin_path else bin_path
@@ -283,8 +285,8 @@ def _require_pair(prefix: str, bin_path: Path, idx_path: Path) -> None:
         close = [stem for stem in similar if stem.startswith(bin_path.stem)] or similar
         found = f" (there are: {', '.join(close[:5])})" if close else ""
         raise DataError(
-            f"no token data at {prefix!r}: neither {bin_path.name} nor {idx_path.name} is in {bin_path.parent}{found}; "
-            "give the path of a pair without its extension"
+            f"no token data at {str(prefix)!r}: neither {bin_path.name} nor {idx_path.name} is in {bin_path.parent}"
+            f"{found}; give the path of a pair without its extension"
         )
 
 

@@ -56,6 +56,7 @@ def preprocess(options: PreprocessOptions) -> list[Pair]:
     """
     _check_options(options)
     total_bytes = _check_inputs(options.inputs)
+    _check_no_input_is_output(options)
     tokenizer = load_tokenizer(options.tokenizer, options.extra_tokens)
     eod_id = _eod_id(tokenizer, options)
     ensure_writable_folder(Path(options.output_prefix).parent, "--output-prefix")
@@ -75,7 +76,7 @@ class _Run:
         self._documents = [dict.fromkeys(options.inputs, 0) for _ in options.json_keys]  # per key and file
 
     def write_pairs(self) -> list[Pair]:
-        prefixes = [f"{self._options.output_prefix}_{key}_document" for key in self._options.json_keys]
+        prefixes = _output_prefixes(self._options)
         try:
             with ExitStack() as stack:
                 writers = [stack.enter_context(IndexedWriter(prefix, self._dtype)) for prefix in prefixes]
@@ -198,6 +199,10 @@ class _Progress:
         return f"{self._read_bytes / elapsed_s / 1e6:.1f} MB/s, {format_count(self._tokens / elapsed_s)} tokens/s"
 
 
+def _output_prefixes(options: PreprocessOptions) -> list[str]:
+    return [f"{options.output_prefix}_{key}_document" for key in options.json_keys]
+
+
 def _check_options(options: PreprocessOptions) -> None:
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is not a number of processes; use 1 or more")
@@ -229,6 +234,12 @@ def _check_inputs(inputs: Sequence[Path]) -> int:
         if file.stat().st_size == 0:
             _LOGGER.warning("%s is empty", file)
     return sum(file.stat().st_size for file in inputs)
+
+
+def _check_no_input_is_output(options: PreprocessOptions) -> None:
+    outputs = {provenance_path(prefix).resolve() for prefix in _output_prefixes(options)}
+    if overwritten := [file for file in options.inputs if file.resolve() in outputs]:
+        raise ConfigError(f"{overwritten[0]} is an input and would be overwritten; choose another --output-prefix")
 
 
 def _eod_id(tokenizer: Tokenizer, options: PreprocessOptions) -> int | None:

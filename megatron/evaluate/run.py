@@ -15,7 +15,7 @@ from megatron.model.specs import canonical_shapes
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Grid, connect
 from megatron.parallel.world import World
-from megatron.tokenizer import find_tokenizer, load_tokenizer
+from megatron.tokenizer import find_tokenizer
 from megatron.utils.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -69,6 +69,5 @@ def _check_grid(world_size: int, tensor: int, pipeline: int) -> Grid:
 
 
 def _open_data(source: Source, config: ModelConfig, data: str, sequence_length: int) -> StreamWindows:
-    path = find_tokenizer(source.folder)
-    check_tokenizer([data], None if path is None else load_tokenizer(path).fingerprint, config.vocab_size)
+    check_tokenizer([data], find_tokenizer(source.folder), config.vocab_size)
     return StreamWindows(data, sequence_length)

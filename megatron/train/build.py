@@ -174,13 +174,11 @@ def _check_tokenizer(config: RunConfig, origin: Origin) -> list[Path]:
     carried = [] if origin.source is None else list(origin.source.tokenizer_files)
     if path is None and origin.source is not None:
         path = find_tokenizer(origin.source.folder)
-    tokenizer = None if path is None else load_tokenizer(path)
-    check_tokenizer(
-        data_prefixes(config.data), None if tokenizer is None else tokenizer.fingerprint, origin.model.vocab_size
-    )
-    if config.tokenizer.path is not None and tokenizer is not None:
-        others = {file.name for file in tokenizer.files}
-        carried = [file for file in carried if file.name not in others] + list(tokenizer.files)
+    check_tokenizer(data_prefixes(config.data), path, origin.model.vocab_size)
+    if config.tokenizer.path is not None:
+        chosen = list(load_tokenizer(config.tokenizer.path).files)
+        names = {file.name for file in chosen}
+        carried = [file for file in carried if file.name not in names] + chosen
     return carried
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron.config.data import DataConfig
+from megatron.data import build
 from megatron.data.blend import MegatronBlend, StableBlend
 from megatron.data.build import build_train_dataset, build_validation_dataset, check_tokenizer, data_prefixes
 from megatron.data.dataset import ENDLESS, Dataset
@@ -130,13 +132,22 @@ PROVENANCE = Provenance(
 )
 
 
-def test_a_wrong_tokenizer_and_a_too_large_vocabulary_are_noticed(pairs: tuple[str, str]) -> None:
+def test_a_wrong_tokenizer_and_a_too_large_vocabulary_are_noticed(
+    pairs: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Added tokens are part of a fingerprint, so those of the pair are added before fingerprints are compared."""
+
+    def load(path: Path, added: list[str]) -> SimpleNamespace:
+        assert added == ["<x>"]
+        return SimpleNamespace(fingerprint=path.name * 32)
+
+    monkeypatch.setattr(build, "load_tokenizer", load)
     prefix = pairs[1]
     write_provenance(prefix, PROVENANCE)
-    check_tokenizer([prefix], "ab" * 32, 1000)
+    check_tokenizer([prefix], Path("ab"), 1000)
     check_tokenizer([prefix], None, 1024)
     with pytest.raises(DataError, match=r"second was made with another tokenizer.*abababababab.*cdcdcdcdcdcd"):
-        check_tokenizer([prefix], "cd" * 32, 1000)
+        check_tokenizer([prefix], Path("cd"), 1000)
     with pytest.raises(DataError, match=r"vocabulary of 1,000 .*1 added tokens.* the model has 999"):
         check_tokenizer([prefix], None, 999)
 
@@ -145,7 +156,7 @@ def test_a_pair_without_provenance_passes_with_a_message(
     pairs: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="megatron"):
-        check_tokenizer([pairs[0]], "ab" * 32, 10)
+        check_tokenizer([pairs[0]], Path("ab"), 10)
     assert "first.json is not there" in caplog.text
 
 

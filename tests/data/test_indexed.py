@@ -174,7 +174,11 @@ def test_prefixes_may_carry_a_suffix_and_dots(tmp_path: Path) -> None:
         ({"documents": [0, 3, 2, 4]}, ["falls from 3 to 2", "entry 2"]),
     ],
 )
-def test_damage_is_named(tmp_path: Path, change: dict[str, object], said: list[str]) -> None:
+@pytest.mark.parametrize("chunk", [1, 2, 1 << 20])
+def test_damage_is_named(
+    tmp_path: Path, change: dict[str, object], said: list[str], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed, "_CHUNK", chunk)  # entries checked at a time: damage may lie where two of them meet
     prefix = write_raw(tmp_path / "bad", **{**GOOD, **change})
     with pytest.raises(DataError) as error:
         IndexedReader(prefix)

@@ -180,6 +180,20 @@ def test_a_second_run_replaces_the_first(options: PreprocessOptions, tmp_path: P
     assert len(written(options)) == 3
 
 
+def test_killed_while_replacing_a_pair_no_old_provenance_is_left(
+    options: PreprocessOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pair,) = preprocess.preprocess(options)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess.preprocess(replace(options, append_eod=True))
+    assert read_provenance(pair.prefix) is None
+
+
 def test_a_dead_worker_is_an_error_and_not_a_hang(options: PreprocessOptions, tmp_path: Path) -> None:
     encoding = encode.Encoding(tmp_path / "gone.model", (), ("text",), None)  # the worker cannot even start
     chunk = jsonl.Chunk(tmp_path / "x", 1, b'{"text": "a"}')
@@ -214,6 +228,13 @@ def test_the_same_file_twice_is_refused(options: PreprocessOptions, tmp_path: Pa
     (tmp_path / "link.jsonl").symlink_to(options.inputs[0])
     with pytest.raises(ConfigError, match=r"same file twice .*corpus.jsonl and .*link.jsonl"):
         preprocess.preprocess(replace(options, inputs=(*options.inputs, tmp_path / "link.jsonl")))
+
+
+def test_an_input_is_never_overwritten(options: PreprocessOptions, tmp_path: Path) -> None:
+    corpus = options.inputs[0].rename(tmp_path / "out/p_text_document.json")
+    with pytest.raises(ConfigError, match=r"p_text_document.json is an input"):
+        preprocess.preprocess(replace(options, inputs=(corpus,)))
+    assert written(options) == ["p_text_document.json"]
 
 
 def test_an_empty_file_among_others_is_a_warning_and_alone_an_error(

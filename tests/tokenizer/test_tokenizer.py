@@ -92,15 +92,15 @@ def test_of_two_tokens_at_one_place_the_first_named_wins(model_folder: Path) -> 
 
 
 def test_added_tokens_of_a_hugging_face_folder_keep_their_ids(model_folder: Path) -> None:
-    (model_folder / "added_tokens.json").write_text(json.dumps({"<CLS>": 340, "<EOD>": 341}))
+    (model_folder / "added_tokens.json").write_text(json.dumps({"<CLS>": 340, "<EOD>": 341, "<bos>": 343}))
     decoder = {"1": {"content": "<s>"}, "2": {"content": "</s>"}, "342": {"content": "<|im_end|>"}}
     (model_folder / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": "</s>", "added_tokens_decoder": decoder})
+        json.dumps({"bos_token": "<bos>", "added_tokens_decoder": decoder})
     )
     tokenizer = load_tokenizer(model_folder, ["<x>"])
-    assert tokenizer.added_tokens == ["<CLS>", "<EOD>", "<|im_end|>", "<x>"]
-    assert tokenizer.encode("<x><EOD><|im_end|><CLS>") == [343, 341, 342, 340]
-    assert 2 not in tokenizer.encode("</s>")
+    assert tokenizer.added_tokens == ["<CLS>", "<EOD>", "<|im_end|>", "<bos>", "<x>"]
+    assert tokenizer.encode("<x><EOD><|im_end|><CLS>") == [344, 341, 342, 340]
+    assert not {2, 343} & set(tokenizer.encode("</s><bos>"))  # a text can neither begin nor end itself
     assert load_tokenizer(model_folder / "tokenizer.model", ["<x>"]).fingerprint == tokenizer.fingerprint
 
 

@@ -12,6 +12,7 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron.data.indexed import IndexedReader
 from megatron.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, read_extra_tokens
 from megatron.utils.errors import ConfigError, DataError
 
@@ -233,3 +234,23 @@ def test_quotes_that_the_shell_left_are_refused(argument: str) -> None:
 def test_unusable_extra_tokens_are_refused(model_folder: Path, tokens: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_tokenizer(model_folder, tokens)
+
+
+def test_a_byte_level_tokenizer_json_gives_a_real_corpus_its_ids_back(shared: Path, tmp_path: Path) -> None:
+    """GPT-2 style, with the vocabulary that made the real pair: decoding a document and encoding it is the identity."""
+    folder = shared / "data/megatron"
+    merges = [tuple(line.split()) for line in (folder / "gpt2-tiny-merges.txt").read_text().splitlines()[1:]]
+    vocabulary = json.loads((folder / "gpt2-tiny-vocab.json").read_text())
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (5000, 4999)
+    reader = IndexedReader(folder / "meg-gpt2-openwebtext_text_document")
+    for number in range(0, 1000, 10):
+        ids = reader.read(number).tolist()
+        assert ids.pop() == tokenizer.eos_id
+        assert tokenizer.encode(tokenizer.decode(ids)) == ids
+    assert 4999 not in tokenizer.encode("the end <|endoftext|>")

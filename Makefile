@@ -49,7 +49,7 @@ lint: venv
 	$(BIN)/python -m megatron.config.reference docs/configuration.md --check
 
 bench: venv
-	$(BIN)/python benchmarks/run.py
+	@for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
 
 docs: venv
 	$(BIN)/python -m megatron.config.reference docs/configuration.md

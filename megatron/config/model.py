@@ -11,9 +11,9 @@ from megatron.config.key import key
 class ModelSettings:
     """What a run says about its model. Fields are named as in Hugging Face's `config.json`.
 
-    null means: as in the source (`init_from` or a checkpoint). Without a source the first five sizes must be given, as a
-    preset does, and null is Llama's default. A value that contradicts the source is an error, so a preset may state the
-    shape that it expects.
+    null means: as in the source (`init_from` or a checkpoint). Without a source the first five sizes must be given, as
+    a preset does, and null is Llama's default. A value that contradicts the source is an error, so a preset may state
+    the shape that it expects.
     """
 
     init_from: str | None = key(

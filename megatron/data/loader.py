@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from megatron.data.dataset import PADDING, Dataset
 from megatron.data.windows import empty_sample
+from megatron.model.loss import IGNORED
 from megatron.utils.errors import ConfigError, DataError
 
-IGNORED = -1  # a label that carries no loss
 _AHEAD = 2  # steps that are read ahead
 _POLL_S = 0.1
 

@@ -14,14 +14,14 @@ from megatron.utils.errors import DataError
 class MegatronOrderDataset:
     """The samples of Megatron's GPT dataset, in its order, for a number of requested samples and a seed.
 
-    Sample i is a run of `sequence_length` + 1 tokens over the shuffled documents. The order depends on `samples`.
-    Raises DataError if the pair holds less than one window.
+    Sample i is a run of `sequence_length` + 1 tokens over the shuffled documents; documents are repeated as often as
+    that takes. The order depends on `samples`. Raises DataError if the pair holds no tokens.
     """
 
     def __init__(self, prefix: str, *, sequence_length: int, samples: int, seed: int) -> None:
         self._reader = IndexedReader(prefix)
         self._sequence_length = sequence_length
-        _require_window(self._reader, sequence_length)
+        _require_tokens(self._reader, 1, sequence_length)
         self.order = megatron_order(self._reader.sizes, sequence_length=sequence_length, samples=samples, seed=seed)
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class StableOrderDataset:
         self._reader = IndexedReader(prefix)
         self._sequence_length = sequence_length
         self._seed = seed
-        _require_window(self._reader, sequence_length)
+        _require_tokens(self._reader, sequence_length + 1, sequence_length)
         self.windows_per_epoch = (self._reader.num_tokens - 1) // sequence_length
         self._epoch = 0
         self._permutation = KeyedPermutation(self.windows_per_epoch, seed=seed, epoch=0)
@@ -85,11 +85,11 @@ class StableOrderDataset:
         return f"{self._reader.bin_path} (token {self.window(index) * self._sequence_length:,} onwards)"
 
 
-def _require_window(reader: IndexedReader, sequence_length: int) -> None:
+def _require_tokens(reader: IndexedReader, needed: int, sequence_length: int) -> None:
     tokens = reader.num_tokens
-    if tokens < sequence_length + 1:
+    if tokens < needed:
         smaller = f" or a data.sequence_length of at most {tokens - 1:,}" if tokens >= 2 else ""
         raise DataError(
-            f"{reader.prefix} holds {tokens:,} tokens, fewer than one window of data.sequence_length + 1 = "
-            f"{sequence_length + 1:,}; use more text{smaller}"
+            f"{reader.prefix} holds {tokens:,} tokens, fewer than the {needed:,} that data.sequence_length="
+            f"{sequence_length} needs; use more text{smaller}"
         )

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from megatron.data.dataset import ENDLESS, PADDING
-from megatron.data.loader import IGNORED, BatchLoader
+from megatron.data.loader import BatchLoader
 from megatron.data.synthetic import SyntheticDataset
+from megatron.model.loss import IGNORED
 from megatron.utils.errors import ConfigError, DataError
 
 

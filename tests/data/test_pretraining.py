@@ -91,15 +91,18 @@ def test_a_stable_sample_depends_on_its_position_alone(make_pair: MakePair) -> N
     assert forwards != [other.sample(i).tolist() for i in range(60)]
 
 
-def test_less_than_one_window_is_an_error_that_says_what_would_do(make_pair: MakePair) -> None:
+def test_less_than_one_window_is_an_error_in_the_stable_order(make_pair: MakePair) -> None:
     prefix = make_pair(numbered([4, 4]))
-    for order in (
-        lambda s: MegatronOrderDataset(prefix, sequence_length=s, samples=3, seed=1),
-        lambda s: StableOrderDataset(prefix, sequence_length=s, seed=1),
-    ):
-        assert sorted(order(7).sample(0).tolist()) == list(range(8))
-        with pytest.raises(DataError, match=r"8 tokens.*= 9.*at most 7"):
-            order(8)
+    assert StableOrderDataset(prefix, sequence_length=7, seed=1).sample(0).tolist() == list(range(8))
+    with pytest.raises(DataError, match=r"8 tokens.* the 9 that data.sequence_length=8.*at most 7"):
+        StableOrderDataset(prefix, sequence_length=8, seed=1)
+
+
+def test_megatrons_order_repeats_documents_to_fill_a_window(make_pair: MakePair) -> None:
+    dataset = MegatronOrderDataset(make_pair(numbered([2, 3])), sequence_length=8, samples=3, seed=1)
+    assert len(dataset) == 3
+    assert {len(dataset.sample(index)) for index in range(3)} == {9}
+    assert {token for index in range(3) for token in dataset.sample(index).tolist()} == set(range(5))
 
 
 def test_a_pair_without_tokens_is_an_error(make_pair: MakePair) -> None:

@@ -38,6 +38,7 @@ def start_from(origin: Origin, step: TrainingStep, seed: int) -> None:
         step.optimizer.reset_masters()
         return
     load_weights(step.model, origin.source)
+    step.optimizer.reset_masters()  # padding rows as well, which no checkpoint holds
     # Stored in a higher precision than the weights here, the masters keep it.
     _load_state(step.optimizer, origin.source, "master", "master" if origin.source.shapes("master") else "weights")
     if origin.resume:

@@ -31,12 +31,12 @@ def random_batch(count: int, *, micro_batch: int = 2, length: int = 12, seed: in
 
 @pytest.fixture
 def huggingface_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder with random weights of MODEL, in Hugging Face's format."""
+    """Makes a folder with random weights of a model, in Hugging Face's format."""
 
-    def make(name: str = "hf") -> Path:
+    def make(name: str = "hf", model: ModelConfig = MODEL) -> Path:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        LlamaForCausalLM(LlamaConfig(**MODEL.to_huggingface())).save_pretrained(tmp_path / name)
+        LlamaForCausalLM(LlamaConfig(**model.to_huggingface())).save_pretrained(tmp_path / name)
         return tmp_path / name
 
     return make

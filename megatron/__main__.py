@@ -3,9 +3,9 @@
 Exit codes: what the verb returns; 2 for an error that the user can mend, with a message and no traceback; 130 after
 Ctrl-C. Anything else that escapes is a bug and keeps its traceback.
 
-Under torchrun every process runs this. A `MegatronError` is by rule one that all processes meet alike (`train` and
-`evaluate` agree on errors between ranks), so only the first process of each machine prints it. One that is `alone`
-(this process ran out of memory) is printed by the process that met it.
+Under torchrun every process runs this. An error is said once: by rank 0 where the ranks have agreed on it (as `train`
+and `evaluate` do once they are connected), by the process that met it where no other did, else by the first of each
+machine.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except MegatronError as error:
-        if error.alone or _is_first_of_machine():
+        if _is_speaker(error):
             _say(program, f"error: {error}")
         return USER_ERROR
     except KeyboardInterrupt:
@@ -140,6 +140,13 @@ def _is_first_of_machine() -> bool:
         return read_launch().local_rank == 0
     except ConfigError:
         return True  # the launcher's variables are what is wrong
+
+
+def _is_speaker(error: MegatronError) -> bool:
+    """Whether this process is the one that says an error which others may have met as well."""
+    if error.met_by == "world":
+        return read_launch().rank == 0
+    return error.met_by == "process" or _is_first_of_machine()
 
 
 def _reader_left() -> bool:

@@ -81,10 +81,11 @@ class World:
         first = next(((rank, text) for rank, text in enumerate(self.exchange(own)) if text), None)
         if first is None:
             return
-        if failure is not None and first[0] == self.launch.rank:
-            raise failure
         kind, message = json.loads(first[1])
-        raise getattr(errors, kind, MegatronError)(message)
+        agreed = failure if first[0] == self.launch.rank else getattr(errors, kind, MegatronError)(message)
+        assert isinstance(agreed, MegatronError)
+        agreed.met_by = "world"
+        raise agreed
 
     def close(self) -> None:
         """Leave the process groups; the process may then end in its own time."""

@@ -6,11 +6,17 @@ Anything else that escapes is a bug of this project, and keeps its traceback.
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class MegatronError(Exception):
-    """Base of all errors that a user can mend. `alone`: other processes of the run do not raise the same."""
+    """Base of all errors that a user can mend.
 
-    alone = False
+    `met_by` tells which processes raise the same error, so that it is said once: "machine" (all of a machine, say for
+    a bad command line), "process" (this one alone), or "world" (the ranks have agreed on it).
+    """
+
+    met_by: Literal["machine", "process", "world"] = "machine"
 
 
 class ConfigError(MegatronError):
@@ -28,4 +34,4 @@ class CheckpointError(MegatronError):
 class ResourceError(MegatronError):
     """This process ran out of something: device memory, disk space, time."""
 
-    alone = True
+    met_by = "process"

@@ -35,7 +35,7 @@ def _world(rank: int) -> World:
     return World(Launch(rank, 2, rank, 2), torch.device("cpu"), control)
 
 
-def _talk(rank: int) -> tuple[list[str], list[str], int, str]:
+def _talk(rank: int) -> tuple[list[str], list[str], int, str, str]:
     world = _world(rank)
     said = world.exchange("äh" * rank)
     empty = world.exchange("")
@@ -48,9 +48,9 @@ def _talk(rank: int) -> tuple[list[str], list[str], int, str]:
     with pytest.raises(DataError) as caught:
         world.agree(fail_on_the_second)
     assert world.agree(lambda: rank) == rank
-    return said, empty, loudest, str(caught.value)
+    return said, empty, loudest, str(caught.value), caught.value.met_by
 
 
 def test_ranks_exchange_vote_and_agree(pools: Callable[[int], Pool]) -> None:
-    expected = (["", "äh"], ["", ""], 2, "the second rank's file is gone")
+    expected = (["", "äh"], ["", ""], 2, "the second rank's file is gone", "world")
     assert pools(2).run(_talk) == [expected] * 2

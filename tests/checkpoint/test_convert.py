@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ import megatron
 from megatron.__main__ import main
 from megatron.checkpoint import convert as convert_module
 from megatron.checkpoint.convert import convert
+from megatron.checkpoint.safetensors_file import SafetensorsWriter
 from megatron.checkpoint.source import open_source
 from megatron.model.config import ModelConfig
 from megatron.model.specs import canonical_shapes
@@ -221,6 +225,14 @@ def test_half_way_nothing_remains(model: Path, tmp_path: Path, error, existing: 
     assert not existing or not any(destination.iterdir())
 
 
+def test_too_little_room_is_told_before_writing(model: Path, tmp_path: Path, monkeypatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
+    with pytest.raises(CheckpointError, match=r"has 1000 B left, 14\.0 KiB are needed: make room"):
+        convert(model, tmp_path / "out", progress=lambda *arguments: pytest.fail("wrote"))
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_an_empty_folder_is_filled_and_another_is_not_touched(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     convert(model, tmp_path / "out")
@@ -252,41 +264,51 @@ def test_the_verb(model: Path, tmp_path: Path, capsys) -> None:
 
 
 MEASURE = """
-import sys
+import os, sys
 import megatron, torch
 from pathlib import Path
 def peak_bytes():  # ru_maxrss would also count what the process that started this one held
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 before = peak_bytes()
 from megatron.checkpoint.convert import convert
+os.fsync = lambda descriptor: None  # the disk's speed is not what is measured
 convert(Path(sys.argv[1]), Path(sys.argv[2]), tensor=int(sys.argv[3]) or None)
 print(peak_bytes() - before)
 """
 
 
-def test_a_gigabyte_takes_less_than_400_megabytes(tmp_path: Path) -> None:
-    """Two tensors of half a gigabyte each: memory must not grow with the largest tensor either."""
+@pytest.fixture
+def large_model(tmp_path: Path) -> Iterator[Path]:
+    """A Hugging Face folder of a gigabyte in two large tensors and some small ones: zeros, and noise at the end."""
     config = {**CONFIG, "vocab_size": 32768, "hidden_size": 4096, "head_dim": 64, "num_hidden_layers": 1}
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(config))
     shapes = canonical_shapes(ModelConfig.from_huggingface(config))
-    plan = {name: (torch.float32, shape) for name, shape in shapes.items()}
-    noise = torch.randn(1024, 4096)
-    with convert_module.SafetensorsWriter(model / "model.safetensors", plan) as writer:
-        for name in writer.order:
-            shape = shapes[name]
-            for row in range(0, shape[0], 1024):
-                rows = torch.Size((min(1024, shape[0] - row), *shape[1:]))
-                writer.write(name, noise.reshape(-1)[: rows.numel()].view(rows))
-        assert writer.close()[0] > 2**30
-    for source, destination, tensor in [("model", "native", "2"), ("native", "back", "0")]:
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / source), str(tmp_path / destination), tensor]
+    with SafetensorsWriter(
+        model / "model.safetensors", {name: (torch.float32, shape) for name, shape in shapes.items()}
+    ) as header:
+        assert header.order[-1] == "lm_head.weight" and header.size_bytes > 2**30
+    with open(model / "model.safetensors", "r+b") as file:
+        noise = torch.randn(1024, 4096, generator=torch.Generator().manual_seed(1)).numpy().tobytes()
+        file.seek(header.size_bytes - len(noise))
+        file.write(noise)
+    yield model
+    for folder in tmp_path.iterdir():
+        shutil.rmtree(folder)  # pytest keeps the temporary folders of three runs
+
+
+def test_a_gigabyte_takes_less_than_400_megabytes(large_model: Path, tmp_path: Path) -> None:
+    """Memory must not grow with the model, nor with its largest tensor."""
+    native, back = tmp_path / "native", tmp_path / "back"
+    for source, destination, tensor in ((large_model, native, "2"), (native, back, "0")):
+        command = [sys.executable, "-c", MEASURE, str(source), str(destination), tensor]
         root = str(Path(megatron.__file__).parents[1])
         result = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert 0 < int(result.stdout) < 400e6
-    with open_source(tmp_path / "back") as source:
-        rows = torch.empty(1024, 4096)
-        source.read(Region("lm_head.weight", (32768, 4096), (31744, 0), (1024, 4096)), rows)
-        assert torch.equal(rows, noise)
+    expected, found = torch.empty(2048, 4096), torch.empty(2048, 4096)
+    for folder, out in ((large_model, expected), (back, found)):
+        with open_source(folder) as opened:
+            opened.read(Region("lm_head.weight", (32768, 4096), (30720, 0), (2048, 4096)), out)
+    assert expected[1024:].any() and torch.equal(expected, found)

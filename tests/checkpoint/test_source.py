@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron.checkpoint import check
 from megatron.checkpoint.check import check_weights
+from megatron.checkpoint.index import StoredPiece, collect_index
 from megatron.checkpoint.source import open_source
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
@@ -136,7 +138,8 @@ def test_rotary_buffers_are_passed_over(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_the_head_of_a_tied_model_must_be_its_embedding(tmp_path: Path, equal: bool) -> None:
+def test_the_head_of_a_tied_model_must_be_its_embedding(tmp_path: Path, monkeypatch, equal: bool) -> None:
+    monkeypatch.setattr(check, "BLOCK_BYTES", 32)  # two rows
     embedding = torch.randn(6, 4)
     head = embedding.clone()
     head[5, 3] += 0 if equal else 1
@@ -157,7 +160,7 @@ def test_a_step_folder_is_checked_when_it_is_opened(saved: Path) -> None:
 
 
 def _replace_entry(folder: Path, name: str, old: str, new: str) -> None:
-    """Change the line of a tensor's weights in checkpoint.json."""
+    """Change every occurrence in the line of a tensor's weights in checkpoint.json."""
     path = folder / "checkpoint.json"
     lines = path.read_text().splitlines()
     number = next(number for number, line in enumerate(lines) if name in line)
@@ -166,12 +169,37 @@ def _replace_entry(folder: Path, name: str, old: str, new: str) -> None:
     path.write_text("\n".join(lines))
 
 
-def test_pieces_that_overlap_do_not_pass_for_a_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"start": [1]', '"start": [0]', "weights of x: two pieces overlap"),
+        ('"size": [1]', '"size": [0]', "weights of x: the pieces hold 0 elements of 2"),
+        ('"start": [1]', '"start": [2]', r"checkpoint\.json is damaged"),
+        ("weights-00000", "../weights-00000", r"which is not listed"),
+    ],
+)
+def test_pieces_that_are_no_whole(tmp_path: Path, old: str, new: str, message: str) -> None:
     save(tmp_path, {"weights": {"x": torch.ones(2)}}, cuts=1)
+    _replace_entry(tmp_path / "step_0000001", '"x"', old, new)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(tmp_path / "step_0000001")
+
+
+def test_files_outside_a_checkpoint_are_not_opened(tmp_path: Path) -> None:
+    save(tmp_path, {"weights": {"x": torch.ones(2)}})
     folder = tmp_path / "step_0000001"
-    _replace_entry(folder, '"x"', '"start": [1]', '"start": [0]')
-    with pytest.raises(CheckpointError, match="weights of x: two pieces overlap"):
+    shutil.move(folder / "weights-00000.safetensors", tmp_path)
+    path = folder / "checkpoint.json"
+    path.write_text(path.read_text().replace("weights-00000", "../weights-00000"))
+    with pytest.raises(CheckpointError, match="is not a plain file name"):
         open_source(folder)
+
+
+def test_ranks_that_disagree_about_a_shape_are_noticed() -> None:
+    shapes = [((0,), (2,), (4,)), ((2,), (2,), (5,))]
+    pieces = [StoredPiece(Region("x", shape, start, size), torch.float32, "f", "k") for start, size, shape in shapes]
+    _, problems = collect_index(("weights", piece) for piece in pieces)
+    assert problems == ["weights of x: pieces of different shapes [(4,), (5,)]"]
 
 
 @pytest.mark.parametrize(("old", "new"), [('"BF16"', '"F16"'), ('"key": "model.norm', '"key": "model.nork')])

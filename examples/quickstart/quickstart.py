@@ -65,7 +65,7 @@ def _training(steps: int) -> list[Command]:
     train = f"-m megatron train --config {HERE}/config.yaml --parallel.tensor 2"
     shrunk = "" if steps == STEPS else f" --optimizer.decay_steps {steps} --optimizer.warmup_steps 1 --log.interval 1"
     last = "" if steps == STEPS else f" --train.steps {steps}"
-    shown = "^(model|grid|resuming)|validation|error|warning"
+    shown = "^(model|grid|warning)|validation|^megatron [a-z]+: error"
     return [
         _command(
             "Train on 2 processes: tensor 2",
@@ -107,7 +107,7 @@ def _harvest(steps: int) -> list[Command]:
 def _evaluate(when: str, model: str, data: str, name: str) -> Command:
     text = f"megatron evaluate --load quickstart/{model} --data quickstart/data/{data}_text_document --micro-batch 16"
     title = f"Measure the loss on the {name} text, {when} training"
-    return _command(title, text, "error|warning", output=f"quickstart/results/{when}-{data}.json")
+    return _command(title, text, "error:|^warning", output=f"quickstart/results/{when}-{data}.json")
 
 
 def _command(title: str, text: str, show: str = ".", output: str | None = None) -> Command:

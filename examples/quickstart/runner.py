@@ -23,6 +23,8 @@ from typing import IO, NoReturn, TextIO
 
 WIDTH = 116
 LAST_LINES = 15
+# Where torchrun begins its own report on workers that failed; what they said themselves comes before it.
+LAUNCHER_REPORT = r"torch/distributed/elastic.*failed \(exitcode"
 GRACE_S = 20.0  # time to finish a training step and save
 MARKER = ".made-by-quickstart"
 
@@ -76,10 +78,9 @@ class Runner:
         began = time.monotonic()
         code = self._execute(command, log)
         if code != 0:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
             raise QuickstartError(
                 f"This command failed with exit code {code}:\n{command.wrapped}\n"
-                + "".join(f"    | {line}\n" for line in lines)
+                + "".join(f"    | {line}\n" for line in _last_lines(log))
                 + f"All of its output: {log}"
             )
         if command.output:
@@ -109,6 +110,14 @@ class Runner:
             with _stopped_at_the_end(process):
                 _relay(process.stderr if output else process.stdout, record, command.show)
                 return process.wait()
+
+
+def _last_lines(log: Path) -> list[str]:
+    """The last words of the command itself."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    report = next((at for at, line in enumerate(lines) if re.search(LAUNCHER_REPORT, line)), None)
+    # Nothing before it: the launcher itself has failed, and its report is the news.
+    return lines[:report][-LAST_LINES:] or lines[-LAST_LINES:]
 
 
 @contextmanager

@@ -193,6 +193,20 @@ def test_a_failing_command_ends_it_and_says_why(project: Path) -> None:
     assert "JSONDecodeError" in log.read_text()
 
 
+def test_a_failure_under_torchrun_is_told_in_the_words_of_the_worker(
+    tmp_path: Path, modules: Callable[[str], ModuleType]
+) -> None:
+    runner = modules("runner")
+    said = ["step 1", "megatron train: error: the disk is full"]
+    report = ["E1 1:2:3 7 torch/distributed/elastic/multiprocessing/api.py:10] failed (exitcode: 2) local_rank: 0"]
+    for lines in ([*said, *report, *["report"] * 30], [*report, "report"]):
+        code = f"import sys; print({chr(10).join(lines)!r}); sys.exit(3)"
+        with pytest.raises(runner.QuickstartError, match="failed with exit code 3") as error:
+            runner.Runner(tmp_path, tmp_path, {}, 1).run(runner.Command("Train", (sys.executable, "-c", code)))
+        told = [line[6:] for line in str(error.value).splitlines() if line.startswith("    | ")]
+        assert told == (said if lines[:2] == said else lines)
+
+
 FAMILY = """
 import subprocess, time
 # as torchrun's workers: in a session of their own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,12 +79,29 @@ def pubmed_abstracts() -> Iterator[str]:
 
 def guidelines() -> Iterator[str]:
     """The sections of a national book of treatment guidelines."""
-    with tarfile.open(SHARED / "data" / "guidelines" / "nstg2022.tar.gz") as archive:
-        for member in sorted(archive.getmembers(), key=lambda member: member.name):
-            if member.isfile() and member.name.endswith(".txt"):
-                content = archive.extractfile(member)
+    for content in _archived(SHARED / "data" / "guidelines" / "nstg2022.tar.gz", r".*\.txt"):
+        yield content.decode("utf-8", errors="ignore")
+
+
+def health_questions() -> Iterator[str]:
+    """Questions and answers of MedQuAD, of its part written for older people."""
+    for content in _archived(SHARED / "data" / "medquad_ccby4.tar.gz", r".*SeniorHealth.*\.xml"):
+        for pair in ElementTree.fromstring(content).iter("QAPair"):
+            answer = pair.findtext("Answer")
+            if answer:
+                yield f"{pair.findtext('Question')}\n{answer}"
+
+
+def _archived(archive: Path, pattern: str) -> list[bytes]:
+    """The files of a compressed archive whose names match, in the order of their names."""
+    found = {}
+    with tarfile.open(archive, "r|gz") as opened:  # read once from front to end
+        for member in opened:
+            if member.isfile() and re.fullmatch(pattern, member.name):
+                content = opened.extractfile(member)
                 assert content is not None
-                yield content.read().decode("utf-8", errors="ignore")
+                found[member.name] = content.read()
+    return [found[name] for name in sorted(found)]
 
 
 def words(settings: Mapping[str, Any]) -> list[str]:

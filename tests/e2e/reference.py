@@ -93,8 +93,6 @@ def train_with_torch(
         weight_decay=recipe.weight_decay,
     )
     losses, norms = [], []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # in a model this small more threads only wait for each other
     for step, batch in enumerate(np.split(samples, recipe.steps), start=1):
         tokens = torch.from_numpy(batch)
         logits = model(tokens[:, :-1]).logits
@@ -107,5 +105,4 @@ def train_with_torch(
         optimizer.step()
         losses.append(loss.item())
         norms.append(norm.item())
-    torch.set_num_threads(threads)
     return np.array(losses), np.array(norms)

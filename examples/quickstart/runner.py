@@ -218,7 +218,8 @@ def _claim(folder: Path) -> TextIO:
 def interrupt_on_termination() -> None:
     """Let SIGTERM and a closed terminal end this process as Ctrl-C does, children first."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -217,13 +217,18 @@ def test_another_grid_goes_on(fresh: MakeJob, finished: MakeJob, ranks: int, set
 
 
 def relative_distance(job: Job, undisturbed: Job) -> float:
-    """The largest relative difference of a loss or gradient norm after the checkpoint."""
-    assert series(job.log, "step").tolist() == list(range(INTERVAL + 1, INTERVAL + 1 + job.steps_logged()))
-    ratios = []
-    for name in ("loss", "grad_norm"):
-        mine = series(job.log, name)
-        ratios.append(np.abs(mine / series(undisturbed.log, name)[INTERVAL:][: len(mine)] - 1).max())
-    return float(max(ratios))
+    """The largest relative difference of a loss, validation loss or gradient norm after the checkpoint."""
+    expected = {line["step"]: line for line in read_metrics(undisturbed.log)}
+    lines = read_metrics(job.log)
+    assert [line["step"] for line in lines] == list(range(INTERVAL + 1, INTERVAL + 1 + len(lines)))
+    ratios = [
+        line[name] / expected[line["step"]][name]
+        for line in lines
+        for name in ("loss", "grad_norm", "validation_loss")
+        if name in line
+    ]
+    assert any("validation_loss" in line for line in lines)
+    return max(abs(ratio - 1) for ratio in ratios)
 
 
 @pytest.mark.parametrize("lost", ["exp_avg", "exp_avg_sq", "updates"])

@@ -73,6 +73,11 @@ def _started(work: Work | None) -> Work:
 
 
 def new_communicator(ranks: tuple[int, ...], timeout_s: float, backend: str | None = None) -> TorchCommunicator:
-    """Make a process group; all ranks of the world call this for every group in the same order."""
-    group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
+    """Make a process group of `ranks`, which all of them and nobody else call, each in the same order of its groups.
+
+    Making the groups of others as well, as `new_group` wants by default, takes minutes on a thousand ranks.
+    """
+    group = dist.new_group(
+        list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend, use_local_synchronization=True
+    )
     return TorchCommunicator(ranks, group)

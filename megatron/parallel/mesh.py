@@ -133,7 +133,7 @@ def connect(
 ) -> ParallelContext:
     """The context of this rank with its process groups; all ranks of an initialised world call it together.
 
-    `make` makes the communicator of one group (tests pass a stricter one).
+    `make` makes the communicator of a group that this rank is in (tests pass a stricter one).
     """
     return _build(grid, rank, sequence, num_key_value_heads, make or (lambda ranks: new_communicator(ranks, timeout_s)))
 
@@ -174,10 +174,10 @@ def _build(
 
 
 def _axis(name: str, groups: list[tuple[int, ...]], rank: int, make: MakeCommunicator | None) -> Axis:
-    """This rank's axis among `groups`; every rank makes all groups in the same order, as process groups require."""
-    mine = Axis(name, 0, 1, (rank,))
-    for group in groups:
-        communicator = make(group) if make is not None and len(group) > 1 else None
-        if rank in group:
-            mine = Axis(name, group.index(rank), len(group), group, communicator)
-    return mine
+    """This rank's axis among `groups`; where it is in none of them, it is alone.
+
+    torch names a group by its ranks and by how many groups its members have: so all ranks make one, or none does.
+    """
+    group = next((group for group in groups if rank in group), (rank,))
+    communicator = make(group) if make is not None and max(map(len, groups)) > 1 else None
+    return Axis(name, group.index(rank), len(group), group, communicator)

@@ -152,6 +152,11 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def strict_maker(log: Log) -> Callable[[tuple[int, ...]], StrictCommunicator]:
-    """Makes strict communicators that report to `log`; numbers them alike on all ranks."""
-    numbers = iter(range(10**6))
-    return lambda ranks: StrictCommunicator(new_communicator(ranks, 120.0), log, next(numbers))
+    """Makes strict communicators that report to `log`; numbers those of the same ranks alike on all of them."""
+    made: dict[tuple[int, ...], int] = {}
+
+    def make(ranks: tuple[int, ...]) -> StrictCommunicator:
+        made[ranks] = made.get(ranks, 0) + 1
+        return StrictCommunicator(new_communicator(ranks, 120.0), log, made[ranks])
+
+    return make

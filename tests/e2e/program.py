@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -114,7 +115,8 @@ class Program:
 
     def torchrun(self, words: Sequence[Any], ranks: int) -> subprocess.CompletedProcess[str]:
         """The same under torchrun, in processes of its own."""
-        return subprocess.run(torchrun_command(words, ranks), capture_output=True, text=True, timeout=120)
+        command = torchrun_command(words, ranks)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
     def forget(self, processes: Sequence[subprocess.Popen[str]]) -> None:
         """These have ended; others will be started in their place."""
@@ -143,8 +145,8 @@ def _launch(rank: int, ranks: int, port: int) -> dict[str, str | None]:
 
 
 def _start_worker() -> subprocess.Popen[str]:
-    # One thread each, as torchrun sets it.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # One thread each, as torchrun sets it; and the package beside these tests, wherever another may be installed.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )

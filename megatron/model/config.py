@@ -55,6 +55,7 @@ class ModelConfig:
 
         Raises ConfigError where a size is missing or a setting asks for a function that is not Llama's.
         """
+        _refuse_wrong_types(config)
         _refuse_other_functions(config)
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         missing = [name for name in required if config.get(name) is None]
@@ -135,15 +136,32 @@ class ModelConfig:
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base: transformers 4 writes `rope_theta`, transformers 5 `rope_parameters.rope_theta`."""
-    parameters = config.get("rope_parameters") or {}
-    old, new = config.get("rope_theta"), parameters.get("rope_theta")
-    if old is not None and new is not None and float(old) != float(new):
-        raise ConfigError(
-            f"config.json contradicts itself: rope_theta={old} but rope_parameters.rope_theta={new}; "
-            "remove the wrong one."
-        )
-    return float(new if new is not None else old if old is not None else 10000.0)
+    """The rotary base: transformers 4 writes `rope_theta`, transformers 5 `rope_parameters.rope_theta`.
+
+    transformers also reads one inside `rope_scaling`.
+    """
+    stated = {"rope_theta": config.get("rope_theta")}
+    for name in ("rope_parameters", "rope_scaling"):
+        stated[f"{name}.rope_theta"] = (config.get(name) or {}).get("rope_theta")
+    found = {name: float(base) for name, base in stated.items() if base is not None}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name}={base}" for name, base in found.items())
+        raise ConfigError(f"config.json contradicts itself: {listed}; remove the wrong one.")
+    return next(iter(found.values()), 10000.0)
+
+
+def _refuse_wrong_types(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError, naming every value that is not of the kind that its name asks for."""
+    numbers = (field.name for field in fields(ModelConfig) if field.name != "tie_word_embeddings")
+    kinds: dict[str, tuple[type, ...]] = dict.fromkeys(numbers, (int, float))
+    kinds |= {"tie_word_embeddings": (bool,), "rope_parameters": (dict,), "rope_scaling": (dict,)}
+    wrong = [
+        f"{name}={config[name]!r}"
+        for name, kind in kinds.items()
+        if config.get(name) is not None and type(config[name]) not in kind
+    ]
+    if wrong:
+        raise ConfigError(f"config.json holds values of the wrong kind: {', '.join(wrong)}.")
 
 
 def _refuse_other_functions(config: Mapping[str, Any]) -> None:

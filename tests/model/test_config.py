@@ -97,6 +97,23 @@ def test_older_readers_find_the_older_spellings() -> None:
     assert ModelConfig.from_huggingface(without_new) == read(**FULL)
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 500000, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}},
+        {},
+    ],
+    ids=str,
+)
+def test_the_rotary_base_is_found_where_transformers_finds_it(spelling: dict[str, Any]) -> None:
+    theirs = LlamaConfig(**json.loads(json.dumps({**BASE, **spelling})))
+    assert read(**spelling).rope_theta == theirs.rope_parameters["rope_theta"] == (5e5 if spelling else 1e4)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model_type": "mistral"}, "model_type='mistral'"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
@@ -115,6 +132,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
         "rope_parameters.rope_theta=500000.0",
     ),
+    "two bases, the other in an older place": (
+        {"rope_theta": 1e4, "rope_scaling": {"type": "default", "rope_theta": 5e5}},
+        "rope_scaling.rope_theta=500000.0",
+    ),
+    "words for numbers": ({"hidden_size": "48", "rms_norm_eps": True}, "hidden_size='48', rms_norm_eps=True"),
+    "a word for a truth": ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
+    "a list for a table": ({"rope_scaling": [2.0]}, "rope_scaling=[2.0]"),
     "no sizes": ({"hidden_size": None, "vocab_size": None}, "lacks vocab_size, hidden_size"),
     "heads that do not divide": (
         {"num_attention_heads": 5},

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.native import read_carried
 from megatron.config.data import SYNTHETIC
 from megatron.config.dump import dump_config, to_dict
 from megatron.config.run import RunConfig
@@ -29,7 +30,7 @@ from megatron.train.hooks import Report, Save
 from megatron.train.metrics import Metrics, Speed
 from megatron.train.origin import Origin, find_origin
 from megatron.train.signals import STOP_FILE, StopWish
-from megatron.train.sinks import open_sinks
+from megatron.train.sinks import Sink, open_sinks
 from megatron.train.state import Progress
 from megatron.train.step import TrainingStep
 from megatron.train.trainer import Trainer
@@ -79,7 +80,7 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
     seed_everything(config.train.seed, config.train.deterministic)
     origin = find_origin(config, world)
     plan = world.agree(lambda: make_plan(config, origin, world.launch.world_size))
-    tokenizer_files = world.agree(lambda: _check_tokenizer(config, origin))
+    carried = world.agree(lambda: _check_tokenizer(config, origin))
     data_state = world.agree(lambda: describe_order(config, plan))
     progress = world.agree(lambda: _restore_progress(config, origin, data_state))
     context = connect(
@@ -92,11 +93,9 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
     step = _build_step(config, plan, origin, context, world)
     world.agree(lambda: start_from(origin, step, config.train.seed))
     with ExitStack() as stack:
-        checkpoints = Checkpoints(config, world, context, origin, tokenizer_files, data_state)
+        checkpoints = Checkpoints(config, world, context, origin, carried, data_state)
         loader = stack.enter_context(world.agree(lambda: _open_loader(config, plan, origin, context, progress)))
-        sinks = world.agree(
-            lambda: open_sinks(config.log, progress.step, to_dict(config)) if world.launch.rank == 0 else []
-        )
+        sinks = world.agree(lambda: _open_sinks(config, progress) if world.launch.rank == 0 else [])
         for sink in sinks:
             stack.callback(sink.close)
         speed = Speed(
@@ -165,20 +164,27 @@ def _prepare_folders(config: RunConfig, world: World) -> None:
         ensure_writable_folder(Path(config.checkpoint.save), "checkpoint.save")
     if config.log.dir is not None:
         ensure_writable_folder(Path(config.log.dir), "log.dir")
+
+
+def _open_sinks(config: RunConfig, progress: Progress) -> list[Sink]:
+    """The sinks, and the configuration beside them: only now, since a run that was refused must not leave its own."""
+    if config.log.dir is not None:
         write_atomically(Path(config.log.dir) / "config.yaml", dump_config(config))
+    return open_sinks(config.log, progress.step, to_dict(config))
 
 
-def _check_tokenizer(config: RunConfig, origin: Origin) -> list[Path]:
-    """Compare data and model through the tokenizer, where there is one; returns the files to save along."""
+def _check_tokenizer(config: RunConfig, origin: Origin) -> dict[str, bytes]:
+    """Compare data and model through the tokenizer, where there is one; returns the files to save along.
+
+    They are read now: the checkpoint that a resumed run takes them from may soon be removed.
+    """
     path = None if config.tokenizer.path is None else Path(config.tokenizer.path)
-    carried = [] if origin.source is None else list(origin.source.tokenizer_files)
+    carried = {} if origin.source is None else read_carried(origin.source.tokenizer_files)
     if path is None and origin.source is not None:
         path = find_tokenizer(origin.source.folder)
     check_tokenizer(data_prefixes(config.data), path, origin.model.vocab_size)
     if config.tokenizer.path is not None:
-        chosen = list(load_tokenizer(config.tokenizer.path).files)
-        names = {file.name for file in chosen}
-        carried = [file for file in carried if file.name not in names] + chosen
+        carried |= read_carried(load_tokenizer(config.tokenizer.path).files)
     return carried
 
 

@@ -311,11 +311,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("named", REFUSED)
 def test_another_model_or_order_is_refused(fresh: MakeJob, finished: MakeJob, named: str) -> None:
-    job = fresh(2, STAGES)
-    load = finished(2, STAGES).save / f"step_{INTERVAL:07d}"
+    undisturbed, job = finished(2, STAGES), fresh(2, STAGES)
+    shutil.copytree(undisturbed.log, job.log)
+    load = undisturbed.save / f"step_{INTERVAL:07d}"
     refused = job.run(expect=2, checkpoint__load=load, **REFUSED[named])
     assert named in refused.errors and "Traceback" not in refused.errors
     assert not any(job.save.glob("step_*"))
+    for name in ("config.yaml", "metrics.jsonl"):
+        assert (job.log / name).read_text() == (undisturbed.log / name).read_text(), "what is there stays as it is"
 
 
 def test_the_stable_order_may_be_extended(fresh: MakeJob) -> None:

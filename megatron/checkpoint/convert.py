@@ -19,7 +19,15 @@ import torch
 from megatron.checkpoint.check import check_weights
 from megatron.checkpoint.huggingface import MODEL_CONFIG, SHARD_INDEX, config_text, shard_index_text, shard_names
 from megatron.checkpoint.index import StoredPiece, collect_index, piece_key
-from megatron.checkpoint.native import MANIFEST, PARTIAL, copy_carried, find_damaged, weights_file, write_manifest
+from megatron.checkpoint.native import (
+    MANIFEST,
+    PARTIAL,
+    find_damaged,
+    read_carried,
+    weights_file,
+    write_carried,
+    write_manifest,
+)
 from megatron.checkpoint.safetensors_file import BLOCK_BYTES, SafetensorsWriter
 from megatron.checkpoint.source import Source, open_source
 from megatron.checkpoint.store import check_space
@@ -208,7 +216,7 @@ def _write_huggingface(folder: Path, parts: Sequence[Sequence[Region]], copier: 
         weight_map = {region.name: name for name, regions in zip(names, parts, strict=True) for region in regions}
         write_atomically(folder / SHARD_INDEX, shard_index_text(weight_map, copier.total_bytes))
     _write_config(folder, copier.source, dtype)
-    copy_carried(copier.source.tokenizer_files, folder)
+    write_carried(read_carried(copier.source.tokenizer_files), folder)
 
 
 def _write_native(folder: Path, parts: Sequence[Sequence[Region]], copier: _Copier, dtype: str | None) -> None:
@@ -222,7 +230,9 @@ def _write_native(folder: Path, parts: Sequence[Sequence[Region]], copier: _Copi
     index, problems = collect_index(pieces)
     assert not problems, problems
     _write_config(folder, copier.source, dtype)
-    others = [MODEL_CONFIG, *copy_carried(copier.source.tokenizer_files, folder)]
+    carried = read_carried(copier.source.tokenizer_files)
+    write_carried(carried, folder)
+    others = [MODEL_CONFIG, *carried]
     write_manifest(folder, step=0, state=None, tensor_files=files, other_files=others, index=index)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from megatron.checkpoint.index import StoredPiece, StoredTensor, collect_index
 from megatron.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
-from megatron.utils.files import fsync_file, fsync_folder, sha256_file, write_atomically
+from megatron.utils.files import fsync_folder, sha256_file, write_atomically
 
 MANIFEST = "checkpoint.json"
 RUN_CONFIG = "config.yaml"
@@ -110,24 +109,31 @@ def carried_files(folder: Path) -> list[Path]:
     return [folder / name for name in CARRIED_FILES if (folder / name).is_file()]
 
 
-def copy_carried(files: Iterable[Path], folder: Path) -> list[str]:
-    """Copy tokenizer and other files into a checkpoint; returns the names they got there.
+def read_carried(files: Iterable[Path]) -> dict[str, bytes]:
+    """Read tokenizer and other files that a checkpoint carries: the name there -> content. Raises CheckpointError.
 
-    A SentencePiece model of another name becomes `tokenizer.model`, by which every reader finds it.
+    A SentencePiece model of another name becomes `tokenizer.model`, by which every reader finds it. Of files that
+    get the same name, the first is taken.
     """
-    names = []
+    carried: dict[str, bytes] = {}
     for file in files:
         name = file.name
         if name not in CARRIED_FILES and file.suffix == ".model":
             name = "tokenizer.model"
-        assert name not in (MANIFEST, RUN_CONFIG, MODEL_CONFIG) and name not in names, file
+        assert name not in (MANIFEST, RUN_CONFIG, MODEL_CONFIG), file
+        if name in carried:
+            continue
         try:
-            shutil.copyfile(file, folder / name)
-            fsync_file(folder / name)
+            carried[name] = file.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{file} cannot be copied to {folder} ({error.strerror or error}).") from error
-        names.append(name)
-    return names
+            raise CheckpointError(f"{file} cannot be read ({error.strerror or error}).") from error
+    return carried
+
+
+def write_carried(carried: Mapping[str, bytes], folder: Path) -> None:
+    """Write what `read_carried` gave into a checkpoint's folder; raises OSError."""
+    for name, content in carried.items():
+        write_atomically(folder / name, content)
 
 
 def write_manifest(

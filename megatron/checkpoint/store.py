@@ -22,11 +22,11 @@ from megatron.checkpoint.native import (
     POINTER,
     REMOVED,
     RUN_CONFIG,
-    copy_carried,
     kind_file,
     parse_piece,
     piece_record,
     step_of,
+    write_carried,
     write_manifest,
 )
 from megatron.checkpoint.safetensors_file import SafetensorsWriter
@@ -51,13 +51,14 @@ def save_checkpoint(
     state: Mapping[str, Any],
     model_config: Mapping[str, Any],
     run_config_yaml: str,
-    tokenizer_files: Sequence[Path],
+    carried: Mapping[str, bytes],
 ) -> None:
     """Write the checkpoint SAVE/step_0000100 (`folder`); all ranks call it together, on one shared file system.
 
     `exchange` gathers a text from every rank in rank order, and so is a barrier. `tensors[kind]` are the rectangles
     that this rank must write, each exactly once over all ranks. `state` holds at least `step`, the one in the folder's
-    name. Only rank 0's `state`, configurations and tokenizer files are used.
+    name. `carried` are the tokenizer and other files to keep along (`read_carried`): their content, since the files may
+    lie in a checkpoint that is removed meanwhile. Only rank 0's `state`, configurations and carried files are used.
 
     Afterwards the folder is whole and durable, or it is not there. If any rank fails, all raise CheckpointError with
     the same text (a rank with an error that is a bug raises that one).
@@ -71,7 +72,7 @@ def save_checkpoint(
 
         def publish() -> None:
             if rank == 0:
-                _describe(partial, records, state, model_config, run_config_yaml, tokenizer_files)
+                _describe(partial, records, state, model_config, run_config_yaml, carried)
                 _publish(partial, folder)
 
         _together(folder, rank, exchange, publish)
@@ -136,7 +137,7 @@ def _describe(
     state: Mapping[str, Any],
     model_config: Mapping[str, Any],
     run_config_yaml: str,
-    tokenizer_files: Sequence[Path],
+    carried: Mapping[str, bytes],
 ) -> None:
     """Write everything beside the tensors into the temporary folder, `checkpoint.json` last."""
     index, problems = collect_index(
@@ -146,7 +147,8 @@ def _describe(
     files = {name: (size, digest) for record in records for name, (size, digest) in record["files"].items()}
     write_atomically(partial / RUN_CONFIG, run_config_yaml)
     write_atomically(partial / MODEL_CONFIG, config_text(model_config))
-    others = [RUN_CONFIG, MODEL_CONFIG, *copy_carried(tokenizer_files, partial)]
+    write_carried(carried, partial)
+    others = [RUN_CONFIG, MODEL_CONFIG, *carried]
     write_manifest(partial, step=state["step"], state=state, tensor_files=files, other_files=others, index=index)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,11 @@ class Checkpoints:
         world: World,
         context: ParallelContext,
         origin: Origin,
-        tokenizer_files: Sequence[Path],
+        carried: Mapping[str, bytes],
         data: Mapping[str, Any],
     ) -> None:
         self.config, self.world, self.context, self.origin = config, world, context, origin
-        self.tokenizer_files, self.data = tokenizer_files, data
+        self.carried, self.data = carried, data
         self.folder = None if config.checkpoint.save is None else Path(config.checkpoint.save)
         self._last_saved: int | None = None
 
@@ -119,7 +119,7 @@ class Checkpoints:
             },
             model_config={**self.origin.huggingface, **_dtype_names(step.model)},
             run_config_yaml=dump_config(self.config),
-            tokenizer_files=self.tokenizer_files,
+            carried=self.carried,
         )
         self._last_saved = progress.step
         _logger.info("saved %s", folder)

@@ -85,7 +85,7 @@ def save(
     cuts: int = 0,
     chance: random.Random | None = None,
     config: Mapping[str, Any] = CONFIG,
-    tokenizer_files: tuple[Path, ...] = (),
+    carried: Mapping[str, bytes] | None = None,
     state: Mapping[str, Any] | None = None,
     run_config: str = "train:\n  steps: 5\n",
 ) -> list[Any]:
@@ -106,7 +106,7 @@ def save(
             state={"step": step, **(state or {})},
             model_config=config,
             run_config_yaml=run_config,
-            tokenizer_files=tokenizer_files,
+            carried=carried or {},
         )
 
     return run_ranks(ranks, work)

@@ -27,14 +27,12 @@ def trained(tmp_path: Path) -> Path:
     shapes = canonical_shapes(ModelConfig.from_huggingface(CONFIG))
     weights = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
     moments = {name: tensor.float() for name, tensor in weights.items()}
-    tokenizer = tmp_path / "tokenizer.model"
-    tokenizer.write_bytes(b"pieces")
     for step in (4, 8):
         tensors = {"weights": weights, "master": moments, "exp_avg": moments, "exp_avg_sq": moments}
         state = {"consumed_tokens": 4096, "consumed_samples": 64}
         yaml = "parallel:\n  tensor: 2\n  pipeline: 1\n  zero: null\n"
-        errors = save(tmp_path / "save", tensors, step=step, ranks=3, cuts=2, tokenizer_files=(tokenizer,), state=state,
-                      run_config=yaml)  # fmt: skip
+        errors = save(tmp_path / "save", tensors, step=step, ranks=3, cuts=2, carried={"tokenizer.model": b"pieces"},
+                      state=state, run_config=yaml)  # fmt: skip
         assert errors == [None] * 3
     return tmp_path / "save"
 

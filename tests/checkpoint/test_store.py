@@ -49,7 +49,7 @@ def test_any_partition_reads_any_other(tmp_path_factory, seed: int, ranks: int, 
 def test_what_is_saved_beside_the_tensors(tmp_path: Path, tensors) -> None:
     tokenizer = tmp_path / "tok512.model"
     tokenizer.write_bytes(b"pieces")
-    save(tmp_path, tensors, step=100, ranks=2, tokenizer_files=(tokenizer,), state={"consumed_tokens": 5})
+    save(tmp_path, tensors, step=100, ranks=2, carried=native.read_carried([tokenizer]), state={"consumed_tokens": 5})
     assert (tmp_path / "latest").read_text() == "step_0000100\n"
     assert not list(tmp_path.glob("*.partial"))
     source = open_source(tmp_path)
@@ -58,7 +58,20 @@ def test_what_is_saved_beside_the_tensors(tmp_path: Path, tensors) -> None:
     assert source.model_config == CONFIG
     assert source.run_config == {"train": {"steps": 5}}
     assert source.tokenizer_files == [source.folder / "tokenizer.model"]  # found by its usual name
+    assert source.tokenizer_files[0].read_bytes() == b"pieces"
     assert source.has_optimizer
+
+
+def test_of_files_to_carry_that_get_one_name_the_first_is_taken(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("tok512.model", "tokenizer.model", "LICENSE")]
+    for file in files:
+        file.write_text(file.name)
+    assert native.read_carried(files) == {"tokenizer.model": b"tok512.model", "LICENSE": b"LICENSE"}
+
+
+def test_a_file_to_carry_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone\.model cannot be read \(No such file"):
+        native.read_carried([tmp_path / "gone.model"])
 
 
 def test_whole_tensors_have_their_plain_names_and_the_library_reads_them(tmp_path: Path, tensors) -> None:
@@ -172,9 +185,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, tensor
 
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(Path, "rename", recording_rename)
-    tokenizer = tmp_path / "tokenizer.model"
-    tokenizer.write_bytes(b"pieces")
-    assert save(tmp_path / "save", tensors, ranks=2, cuts=3, tokenizer_files=(tokenizer,)) == [None, None]
+    assert save(tmp_path / "save", tensors, ranks=2, cuts=3, carried={"tokenizer.model": b"pieces"}) == [None, None]
     before, after = events[: events.index("rename")], events[events.index("rename") :]
     synced = {re.sub(r"/\.([^/]+)\.\w{8}\.tmp$", r"/\1", path) for path in before}  # atomic writes have temporary names
     partial = str(tmp_path / "save" / "step_0000001.partial")
@@ -251,7 +262,7 @@ def test_a_kill_in_any_phase_leaves_the_older_checkpoint(tmp_path: Path, tensors
                 state={"step": 2},
                 model_config=CONFIG,
                 run_config_yaml="{}",
-                tokenizer_files=(),
+                carried={},
             )  # fmt: skip
     assert manager.newest_checkpoint(tmp_path) == tmp_path / "step_0000001"
     assert "step_0000002.partial is a checkpoint whose writing was interrupted" in caplog.text

@@ -1,4 +1,4 @@
-"""Starting from a source: every element of weights, masters and moments has a defined value."""
+"""Starting from a source: every element of weights, masters and moments has a defined value; and saving again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.checkpoint.manager import whole_checkpoints
 from megatron.checkpoint.source import open_source
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.data import DataConfig
+from megatron.config.model import ModelSettings
 from megatron.config.optimizer import OptimizerConfig
+from megatron.config.run import RunConfig
+from megatron.config.train import TrainConfig
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import single_rank
+from megatron.parallel.world import World
+from megatron.train.build import build_trainer
 from megatron.train.checkpoints import start_from
 from megatron.train.origin import Origin
 from megatron.train.step import TrainingStep
@@ -57,3 +65,28 @@ def test_nothing_is_left_undefined(
     assert step.optimizer.updates == 3
     head = step.model.head.weight
     assert (head[50:] == 0).all() and head[:50].isfinite().all(), "padding rows stay zero"
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_resumed_run_outlives_the_checkpoint_it_came_from(
+    world: World, huggingface_folder: Callable[..., Path], tmp_path: Path, keep_last: int
+) -> None:
+    source, save = huggingface_folder(), tmp_path / "save"
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    (source / "LICENSE").write_text("free")
+    config = RunConfig(
+        model=ModelSettings(init_from=str(source)),
+        data=DataConfig(train="synthetic", sequence_length=8),
+        train=TrainConfig(steps=1, global_batch=1, precision="fp32"),
+        checkpoint=CheckpointConfig(save=str(save)),
+    )
+    with build_trainer(config, world) as trainer:
+        trainer.fit()
+    checkpoint = replace(config.checkpoint, interval=1, keep_last=keep_last)
+    with build_trainer(replace(config, train=replace(config.train, steps=4), checkpoint=checkpoint), world) as trainer:
+        trainer.fit()
+    kept = whole_checkpoints(save)
+    assert [step for step, _ in kept] == [1, 2, 3, 4][-keep_last:]
+    for _, folder in kept:
+        assert (folder / "tokenizer.model").read_bytes() == b"pieces"
+        assert (folder / "LICENSE").read_text() == "free"

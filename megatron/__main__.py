@@ -17,6 +17,7 @@ import importlib
 import os
 import select
 import sys
+import time
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
@@ -46,6 +47,10 @@ _MACHINE_ERRORS = {
 }
 
 
+# How long a process that has nothing to say waits before it ends.
+_HEAD_START_S = 2.0
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ours: one message, said once also under torchrun."""
 
@@ -65,6 +70,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except MegatronError as error:
         if _is_speaker(error):
             _say(program, f"error: {error}")
+        else:
+            # The launcher ends all processes when the first has ended: let the one that speaks be the first.
+            time.sleep(_HEAD_START_S)
         return USER_ERROR
     except KeyboardInterrupt:
         if _is_first_of_machine():

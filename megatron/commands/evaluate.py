@@ -29,30 +29,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     import json
+    import math
     import sys
 
     from megatron.evaluate.run import evaluate_folder
     from megatron.parallel.world import start_world
     from megatron.utils.device import explain_out_of_memory
 
-    world = start_world(timeout_s=1800)
-    try:
-        with explain_out_of_memory(world.device, world.launch.rank, _CURE):
-            result = evaluate_folder(
-                world,
-                load=arguments.load,
-                data=arguments.data,
-                sequence_length=arguments.sequence_length,
-                micro_batch=arguments.micro_batch,
-                precision=arguments.precision,
-                tensor=arguments.tensor,
-                pipeline=arguments.pipeline,
-            )
-    finally:
-        world.close()
-    if world.launch.rank == 0:
-        line = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
-        sys.stdout.write(json.dumps(line) + "\n")
+    with start_world(timeout_s=1800) as world, explain_out_of_memory(world.device, world.launch.rank, _CURE):
+        result = evaluate_folder(
+            world,
+            load=arguments.load,
+            data=arguments.data,
+            sequence_length=arguments.sequence_length,
+            micro_batch=arguments.micro_batch,
+            precision=arguments.precision,
+            tensor=arguments.tensor,
+            pipeline=arguments.pipeline,
+        )
+        if world.launch.rank == 0:
+            line = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
+            # JSON has no word for a figure that is not finite
+            finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
+            sys.stdout.write(json.dumps(finite) + "\n")
+            sys.stdout.flush()
     return 0
 
 

@@ -26,13 +26,10 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron.train.build import build_trainer
     from megatron.utils.device import explain_out_of_memory
 
-    world = start_world(config.parallel.timeout_s)
-    try:
-        with (
-            explain_out_of_memory(world.device, world.launch.rank, _CURE),
-            build_trainer(config, world) as trainer,
-        ):
-            trainer.fit()
-    finally:
-        world.close()
+    with (
+        start_world(config.parallel.timeout_s) as world,
+        explain_out_of_memory(world.device, world.launch.rank, _CURE),
+        build_trainer(config, world) as trainer,
+    ):
+        trainer.fit()
     return 0

@@ -11,6 +11,7 @@ from megatron.data.dataset import Dataset
 from megatron.data.loader import BatchLoader, MicroBatch
 from megatron.model.stage import run_micro_batches
 from megatron.model.transformer import Transformer
+from megatron.parallel.agreement import Exchange, agree
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.pipeline.schedule import forward_only
 
@@ -28,11 +29,13 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700.0 else math.inf
 
 
-def evaluate(model: Transformer, dataset: Dataset, *, micro_batch: int, micro_batches: int = 1) -> Evaluation:
+def evaluate(
+    model: Transformer, dataset: Dataset, exchange: Exchange, *, micro_batch: int, micro_batches: int = 1
+) -> Evaluation:
     """The mean loss over all samples of `dataset`; every rank gets the result.
 
     Samples are dealt to the data ranks in turns of `micro_batches` × `micro_batch`; what the last turn lacks is filled
-    with samples that carry no loss.
+    with samples that carry no loss. `exchange` gathers texts from all ranks: what one cannot read is an error on all.
     """
     context = model.context
     device = next(model.parameters()).device
@@ -49,9 +52,12 @@ def evaluate(model: Transformer, dataset: Dataset, *, micro_batch: int, micro_ba
         pad_last=True,
     )
     with loader, torch.no_grad():
-        for _ in range(math.ceil(len(dataset) / global_batch)):
-            batches = [to_device(batch, device) for batch in loader.next_batch()]
-            totals += run_micro_batches(model, batches, actions)
+        rounds = math.ceil(len(dataset) / global_batch)
+        batch = agree(exchange, loader.next_batch)
+        for number in range(rounds):
+            totals += run_micro_batches(model, [to_device(micro_batch, device) for micro_batch in batch], actions)
+            if number + 1 < rounds:  # behind the work just given to the device
+                batch = agree(exchange, loader.next_batch)
     loss, tokens = all_reduce(totals, context.loss).tolist()
     return Evaluation(loss / max(tokens, 1.0), round(tokens))
 

@@ -38,7 +38,7 @@ def evaluate_folder(
     """
     source = world.agree(lambda: open_source(load))
     config = world.agree(lambda: _check_model(source))
-    length = sequence_length or config.max_position_embeddings
+    length = world.agree(lambda: _check_length(sequence_length, config))
     grid = world.agree(lambda: _check_grid(world.launch.world_size, tensor, pipeline))
     dataset = world.agree(lambda: _open_data(source, config, data, length))
     # Split sequences need lengths that divide; others are evaluated without.
@@ -50,13 +50,23 @@ def evaluate_folder(
     )
     model = world.agree(lambda: Transformer(config, context, DTYPES[precision], world.device))
     world.agree(lambda: load_weights(model, source))
-    return evaluate(model, dataset, micro_batch=micro_batch, micro_batches=grid.pipeline)
+    return evaluate(model, dataset, world.exchange, micro_batch=micro_batch, micro_batches=grid.pipeline)
 
 
 def _check_model(source: Source) -> ModelConfig:
     config = ModelConfig.from_huggingface(source.model_config)
     check_weights(source, canonical_shapes(config))
     return config
+
+
+def _check_length(sequence_length: int | None, config: ModelConfig) -> int:
+    longest = config.max_position_embeddings
+    if sequence_length is not None and sequence_length > longest:
+        raise ConfigError(
+            f"--sequence-length {sequence_length} is above the model's max_position_embeddings={longest}; "
+            f"use {longest} or fewer."
+        )
+    return sequence_length or longest
 
 
 def _check_grid(world_size: int, tensor: int, pipeline: int) -> Grid:

@@ -10,8 +10,8 @@ from megatron.config.optimizer import OptimizerConfig
 def learning_rate(config: OptimizerConfig, step: int, decay_steps: int) -> float:
     """The rate that training step `step` (from 1) uses; `decay_steps` is the horizon, warm-up included.
 
-    As in Megatron the schedule is read at n = step − 1, so the first step of a warm-up has rate 0; from the horizon on
-    the rate is the floor. `inverse_square_root` has no horizon but the floor; `constant` never decays.
+    As in Megatron the schedule is read at n = step − 1, so the first step of a warm-up has rate 0; beyond the
+    horizon the rate is the floor; only `constant` never decays.
     """
     n = step - 1
     peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
@@ -19,10 +19,10 @@ def learning_rate(config: OptimizerConfig, step: int, decay_steps: int) -> float
         return peak * n / warmup
     if config.decay_style == "constant":
         return peak
+    if n > decay_steps:
+        return floor
     if config.decay_style == "inverse_square_root":
         return max(floor, peak * math.sqrt(max(warmup, 1) / max(n, 1)))
-    if n >= decay_steps:
-        return floor
     if config.decay_style == "wsd":
         return _warmup_stable_decay(config, n, decay_steps)
     done = (n - warmup) / (decay_steps - warmup)
@@ -34,7 +34,7 @@ def learning_rate(config: OptimizerConfig, step: int, decay_steps: int) -> float
 
 def _warmup_stable_decay(config: OptimizerConfig, n: int, decay_steps: int) -> float:
     """The peak until the last `decay_fraction` of the horizon, then a straight line to the floor (Hu et al., 2024)."""
-    start = max(config.warmup_steps, decay_steps - round(config.decay_fraction * decay_steps))
+    start = max(config.warmup_steps, decay_steps - max(1, round(config.decay_fraction * decay_steps)))
     if n <= start:
         return config.learning_rate
     left = (decay_steps - n) / (decay_steps - start)

@@ -19,8 +19,9 @@ from megatron.parallel.mesh import Axis
 
 # Parameters begin at multiples of this many elements, so that wide loads stay aligned.
 _ALIGNMENT = 64
-# Large enough for full network bandwidth, small enough to start reducing early in the backward pass.
-DEFAULT_BUCKET_ELEMENTS = 40_000_000
+# Large enough for full network bandwidth, small enough to start reducing early in the backward pass; with many data
+# ranks also large enough that each rank's share of a bucket is more than latency.
+_BUCKET_ELEMENTS, _SHARE_ELEMENTS = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def build_buckets(
     *,
     zero: int,
     gradient_dtype: torch.dtype,
-    bucket_elements: int = DEFAULT_BUCKET_ELEMENTS,
+    bucket_elements: int | None = None,
 ) -> list[Bucket]:
     """Move the model's parameters into flat buffers, in the order in which their gradients become ready.
 
@@ -91,6 +92,7 @@ def build_buckets(
     stages must agree on its layout.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters()]
+    bucket_elements = bucket_elements or max(_BUCKET_ELEMENTS, _SHARE_ELEMENTS * grad.size)
     buckets = []
     for group in _group(list(reversed(named)), bucket_elements):
         buckets.append(_fill(group, grad, zero, gradient_dtype))

@@ -5,10 +5,7 @@ Every function is the identity on an axis of size 1. Sequence dims are dim 0, so
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.autograd import Function
 
 from megatron.parallel.communicator import Work
 from megatron.parallel.mesh import Axis
@@ -67,20 +64,3 @@ def reduce_scatter(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 def reduce_activations(tensor: torch.Tensor, axis: Axis, sequence: bool) -> torch.Tensor:
     """Sum partial activations [s, b, h]: to a share of the sequence under sequence parallelism, else to all ranks."""
     return reduce_scatter(tensor, axis) if sequence else all_reduce(tensor, axis)
-
-
-class _SumForward(Function):
-    """All-reduce forward, identity backward: for partial results that every rank needs whole."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-        return all_reduce(tensor.clone(), axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
-
-
-def sum_forward(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """The sum over the axis; the gradient of each rank's part is the gradient of the sum."""
-    return tensor if axis.size == 1 else _SumForward.apply(tensor, axis)

@@ -142,7 +142,7 @@ def key_value_copies(tensor: int, num_key_value_heads: int | None) -> int:
     """On how many tensor ranks each key/value head lives. Raises ConfigError where heads cannot be dealt out."""
     heads = num_key_value_heads or tensor
     if tensor % heads and heads % tensor:
-        fits = ", ".join(str(size) for size in range(1, 65) if size % heads == 0 or heads % size == 0)
+        fits = ", ".join(str(size) for size in range(1, 2 * tensor) if size % heads == 0 or heads % size == 0)
         raise ConfigError(
             f"num_key_value_heads={heads} can neither be split over nor copied to parallel.tensor={tensor} ranks "
             f"alike; one must divide the other: use {fits}."
@@ -168,7 +168,8 @@ def _build(
         "backward": pipelines,
         "world": grid.groups("tensor", "data", "pipeline"),
     }
-    axes = {name: _axis(name, groups, rank, make) for name, groups in members.items()}
+    # Stages speak over `forward` and `backward`; `pp` only counts them.
+    axes = {name: _axis(name, groups, rank, make if name != "pp" else None) for name, groups in members.items()}
     # Gradients are summed over the ranks that read different samples; context parallelism would widen this axis.
     return ParallelContext(grid=grid, rank=rank, sequence=sequence and grid.tensor > 1, grad=axes["data"], **axes)
 

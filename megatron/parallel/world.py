@@ -6,19 +6,19 @@ the order of the collectives there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron.parallel.agreement import agree, raise_together
 from megatron.parallel.collectives import all_gather, start_all_reduce
 from megatron.parallel.communicator import Work, new_communicator
 from megatron.parallel.mesh import Axis
-from megatron.utils import errors
 from megatron.utils.device import communication_backend, local_device
 from megatron.utils.environment import Launch, read_launch
 from megatron.utils.errors import MegatronError
@@ -62,34 +62,23 @@ class World:
         return Vote(tensor, start_all_reduce(tensor, self.control, maximum=True))
 
     def agree(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank; if it raised a user's error on any, raise that of the lowest such rank on all.
+        """Run `action` on every rank; if it failed on any, raise on all, so that none waits for one that is gone."""
+        return agree(self.exchange, action)
 
-        So no rank waits for one that has failed, and all end with the same words and exit code.
-        """
-        failure: MegatronError | None = None
-        result: T | None = None
-        try:
-            result = action()
-        except MegatronError as error:
-            failure = error
-        self.raise_together(failure)
-        return result  # type: ignore[return-value]
-
-    def raise_together(self, failure: MegatronError | None) -> None:
+    def raise_together(self, failure: Exception | None) -> None:
         """Raise on all ranks the error of the lowest rank that has one; return where none has. All ranks call it."""
-        own = "" if failure is None else json.dumps([type(failure).__name__, str(failure)])
-        first = next(((rank, text) for rank, text in enumerate(self.exchange(own)) if text), None)
-        if first is None:
-            return
-        kind, message = json.loads(first[1])
-        agreed = failure if first[0] == self.launch.rank else getattr(errors, kind, MegatronError)(message)
-        assert isinstance(agreed, MegatronError)
-        agreed.met_by = "world"
-        raise agreed
+        raise_together(self.exchange, failure)
 
-    def close(self) -> None:
-        """Leave the process groups; the process may then end in its own time."""
-        if dist.is_initialized():
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the process groups in good order, unless this process alone has failed: others may still be waiting in
+        a collective for it, and leaving would wait for them."""
+        agreed = error is None or (isinstance(error, MegatronError) and error.met_by == "world")
+        if agreed and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
     )
     step = _build_step(config, plan, origin, context, world)
     world.agree(lambda: start_from(origin, step, config.train.seed))
+    if origin.source is not None:
+        origin.source.close()
     with ExitStack() as stack:
         checkpoints = Checkpoints(config, world, context, origin, carried, data_state)
         loader = stack.enter_context(world.agree(lambda: _open_loader(config, plan, origin, context, progress)))
@@ -109,7 +111,7 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
             sinks,
             steps=config.train.steps,
             interval=config.log.interval,
-            evaluate=world.agree(lambda: _validation(config, plan, origin, step.model)),
+            evaluate=world.agree(lambda: _validation(config, plan, origin, step.model, world)),
             evaluate_interval=config.evaluate.interval,
         )
         stop_file = Path(config.log.dir) / STOP_FILE if config.log.dir and world.launch.rank == 0 else None
@@ -227,7 +229,9 @@ def _open_loader(
     )
 
 
-def _validation(config: RunConfig, plan: Plan, origin: Origin, model: Transformer) -> Any:
+def _validation(
+    config: RunConfig, plan: Plan, origin: Origin, model: Transformer, world: World
+) -> Callable[[], Evaluation] | None:
     """A function that evaluates the fixed validation set; None where none is asked for."""
     if config.evaluate.interval is None:
         return None
@@ -241,7 +245,9 @@ def _validation(config: RunConfig, plan: Plan, origin: Origin, model: Transforme
         return None
 
     def run() -> Evaluation:
-        return evaluate(model, dataset, micro_batch=config.train.micro_batch, micro_batches=plan.micro_batches)
+        return evaluate(
+            model, dataset, world.exchange, micro_batch=config.train.micro_batch, micro_batches=plan.micro_batches
+        )
 
     return run
 

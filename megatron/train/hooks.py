@@ -52,9 +52,14 @@ class Report:
                 evaluation = self.evaluate()
             figures["validation_loss"] = evaluation.loss
             figures["validation_perplexity"] = evaluation.perplexity
-            _logger.info("step %d  validation loss %.4f  perplexity %.3f", progress.step, *list(figures.values())[-2:])
+            _logger.info(
+                "step %d  validation loss %.4f  perplexity %.3f", progress.step, evaluation.loss, evaluation.perplexity
+            )
         for sink in self.sinks:
-            sink.write(progress.step, figures)
+            try:
+                sink.write(progress.step, figures)
+            except OSError as error:  # a full disk there is no reason to lose the run
+                _logger.warning("the figures of step %d were not written: %s", progress.step, error)
 
 
 class Save:

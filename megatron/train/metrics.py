@@ -14,6 +14,7 @@ import torch
 
 from megatron.train.state import Progress
 from megatron.train.step import StepOutcome
+from megatron.utils.device import synchronize
 from megatron.utils.units import format_count, format_duration
 
 
@@ -37,7 +38,12 @@ class Metrics:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time spent inside out of the rates: a save or an evaluation is not training."""
+        """Leave the time spent inside out of the rates: a save or an evaluation is not training.
+
+        What the device has still to do of the steps before is: so it is waited for.
+        """
+        if self._outcome is not None:
+            synchronize(self._outcome.loss.device)
         began = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - began

@@ -68,7 +68,7 @@ def _from_source(path: str, settings: ModelSettings, *, resume: bool) -> Origin:
     source = open_source(path)
     if resume and not (source.state and source.has_optimizer):
         raise CheckpointError(
-            f"checkpoint.load={path} holds weights but no training state; to start a new run from its weights, give it "
+            f"{path} holds weights but no training state; to start a new run from its weights, give it "
             "as model.init_from instead."
         )
     model = ModelConfig.from_huggingface(source.model_config)

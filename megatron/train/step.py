@@ -17,7 +17,7 @@ from megatron.model.transformer import Transformer
 from megatron.optim.adamw import AdamW
 from megatron.optim.clip import GradientNorm, clip_divisor
 from megatron.optim.learning_rate import learning_rate
-from megatron.parallel.buckets import DEFAULT_BUCKET_ELEMENTS, build_buckets
+from megatron.parallel.buckets import build_buckets
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.gradients import GradientReducer, gather_weights
 from megatron.parallel.mesh import ParallelContext
@@ -51,7 +51,7 @@ class TrainingStep:
         micro_batches: int,
         zero: int,
         decay_steps: int,
-        bucket_elements: int = DEFAULT_BUCKET_ELEMENTS,
+        bucket_elements: int | None = None,
     ) -> None:
         self.model, self.context, self.config, self.decay_steps = model, context, config, decay_steps
         dtype = next(model.parameters()).dtype

@@ -11,7 +11,7 @@ from megatron.train.hooks import Hook
 from megatron.train.signals import StopWish
 from megatron.train.state import Progress
 from megatron.train.step import StepOutcome, TrainingStep
-from megatron.utils.errors import MegatronError
+from megatron.utils.errors import DataError
 from megatron.utils.logging import get_logger
 
 _logger = get_logger("megatron.train")
@@ -51,13 +51,12 @@ class Trainer:
         batch = self.world.agree(self.loader.next_batch)
         ballot = _GO_ON
         while self.progress.step < self.steps and ballot == _GO_ON:
-            # The next batch is fetched and the vote taken behind this step, so neither holds it up.
+            # The next batch is read ahead, and the vote is taken behind this step, so neither holds it up.
             upcoming, failure = self._fetch_next()
             vote = self.world.vote(_FAILED if failure else _STOP if self.wish.wanted() else _GO_ON)
             outcome = self._train_on(batch)
             self.progress.advance(self.global_batch, batch[0].tokens.shape[1])
-            for hook in self.hooks:
-                hook.after_step(self.progress, outcome, last=self.progress.step == self.steps)
+            self._run_hooks(outcome)
             ballot, batch = vote.result(), upcoming
         self.save()
         if ballot == _FAILED:
@@ -68,13 +67,21 @@ class Trainer:
                 "stopped after step %d (%s); run the same command again to continue", self.progress.step, reason
             )
 
-    def _fetch_next(self) -> tuple[list[MicroBatch], MegatronError | None]:
+    def _run_hooks(self, outcome: StepOutcome) -> None:
+        try:
+            for hook in self.hooks:
+                hook.after_step(self.progress, outcome, last=self.progress.step == self.steps)
+        except DataError:  # validation data, on all ranks alike: no reason to lose what was trained
+            self.save()
+            raise
+
+    def _fetch_next(self) -> tuple[list[MicroBatch], Exception | None]:
         """The micro-batches of the step after the present one (none after the last), or why there are none."""
         if self.progress.step + 1 >= self.steps:
             return [], None
         try:
             return self.loader.next_batch(), None
-        except MegatronError as error:
+        except Exception as error:  # whatever it is, the others must hear of it
             return [], error
 
     def _train_on(self, batch: Sequence[MicroBatch]) -> StepOutcome:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron.utils.environment import request_deterministic_products
-from megatron.utils.errors import ResourceError
+from megatron.utils.errors import ConfigError, ResourceError
 
 # Dense bf16 peaks of the data sheets, in FLOP/s; more specific names first.
 _PEAK_FLOPS_BF16 = (
@@ -23,9 +23,17 @@ _PEAK_FLOPS_BF16 = (
 
 
 def local_device(local_rank: int) -> torch.device:
-    """The device of the process with this local rank: its GPU where there are any, else the CPU."""
+    """The device of the process with this local rank: its GPU where there are any, else the CPU.
+
+    Raises ConfigError where there are fewer GPUs than processes.
+    """
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start as many "
+                "processes (torchrun --nproc-per-node), or none of the GPUs with CUDA_VISIBLE_DEVICES= to use the CPU."
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")

@@ -8,7 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from megatron.data.indexed import IndexedWriter
 
 from .material import Material
 from .program import Program
@@ -140,10 +143,6 @@ def test_a_token_outside_the_vocabulary_stops_all_ranks_after_a_save(
     program: Program, llama: Material, tmp_path: Path
 ) -> None:
     """Bad data in the middle of a run: what was trained until then is saved, and the sample is named."""
-    import numpy as np
-
-    from megatron.data.indexed import IndexedWriter
-
     with IndexedWriter(tmp_path / "bad", np.uint16) as writer:
         for number in range(40):
             writer.add_sequence(np.full(33, 60_000 if number == 30 else 5, dtype=np.uint16))
@@ -154,3 +153,32 @@ def test_a_token_outside_the_vocabulary_stops_all_ranks_after_a_save(
     assert "Traceback" not in result.errors
     saved = sorted(path.name for path in (tmp_path / "save").glob("step_*"))
     assert len(saved) == 1, saved
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_validation_data_that_one_rank_reads_stops_all_after_a_save(
+    program: Program, llama: Material, tmp_path: Path, ranks: int
+) -> None:
+    """The last of the windows is bad: on two ranks only the second reads it."""
+    with IndexedWriter(tmp_path / "bad", np.uint16) as writer:
+        tokens = np.full(4 * 32 + 1, 5, dtype=np.uint16)
+        tokens[-1] = 60_000
+        writer.add_sequence(tokens)
+        writer.end_document()
+    words = [
+        *_train(llama),
+        "--data.validation",
+        tmp_path / "bad",
+        "--evaluate.interval",
+        "1",
+        "--evaluate.batches",
+        "1",
+    ]
+    result = program.run([*words, "--checkpoint.save", tmp_path / "save"], ranks, expect=2)
+    assert result.errors.count("error:") == 1 and "holds the token 60000" in result.errors
+    assert "Traceback" not in result.errors
+    assert (tmp_path / "save" / "step_0000001" / "checkpoint.json").is_file()
+    words = ["evaluate", "--load", llama.model, "--data", tmp_path / "bad", "--sequence-length", "32"]
+    result = program.run(words, ranks, expect=2)
+    assert result.errors.count("error:") == 1 and "holds the token 60000" in result.errors
+    assert result.output == ""

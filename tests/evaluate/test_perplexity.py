@@ -38,6 +38,11 @@ def write_stream(prefix: Path, tokens: int) -> np.ndarray:
     return stream
 
 
+def alone(text: str) -> list[str]:
+    """The exchange of a process without others."""
+    return [text]
+
+
 def expected_loss(model: Transformer, stream: np.ndarray, length: int) -> float:
     """Mean over all T - 1 predictions of the stream cut into windows of `length` predictions, one at a time."""
     total = 0.0
@@ -55,7 +60,7 @@ def test_every_prediction_counts_once(
 ) -> None:
     stream = write_stream(tmp_path / "p", tokens)
     windows = StreamWindows(str(tmp_path / "p"), 8)
-    result = evaluate(model, windows, micro_batch=micro_batch, micro_batches=micro_batches)
+    result = evaluate(model, windows, alone, micro_batch=micro_batch, micro_batches=micro_batches)
     assert result.tokens == tokens - 1
     assert result.loss == pytest.approx(expected_loss(model, stream, 8), rel=1e-13)
 
@@ -65,8 +70,8 @@ def test_nothing_is_left_behind(tmp_path: Path, model: Transformer) -> None:
     write_stream(tmp_path / "p", 30)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     windows = StreamWindows(str(tmp_path / "p"), 8)
-    first = evaluate(model, windows, micro_batch=2)
-    assert evaluate(model, windows, micro_batch=2) == first
+    first = evaluate(model, windows, alone, micro_batch=2)
+    assert evaluate(model, windows, alone, micro_batch=2) == first
     assert all(map(torch.equal, model.parameters(), before))
     assert all(parameter.grad is None for parameter in model.parameters())
 

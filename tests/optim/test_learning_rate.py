@@ -51,10 +51,12 @@ def test_cosine() -> None:
     assert found[10:] == [0.1, 0.1]
 
 
-def test_inverse_square_root_knows_no_horizon_but_the_floor() -> None:
-    found = rates(2000, 20, decay_style="inverse_square_root", warmup_steps=4)
+def test_inverse_square_root_falls_to_the_floor_and_is_there_beyond_the_horizon() -> None:
+    found = rates(2000, 1000, decay_style="inverse_square_root", warmup_steps=4)
     assert found[4] == 1.0 and found[16] == pytest.approx(0.5) and found[36] == pytest.approx(1 / 3)
     assert found[399] > 0.1 and found[401:] == [0.1] * len(found[401:])
+    short = rates(40, 20, decay_style="inverse_square_root", warmup_steps=4)
+    assert short[:21] == found[:21] and short[20] > 0.4 and short[21:] == [0.1] * 19
     unwarmed = rates(10, 20, decay_style="inverse_square_root")
     assert unwarmed[:2] == [1.0, 1.0] and unwarmed[4] == 0.5 and unwarmed[9] == pytest.approx(1 / 3)
 

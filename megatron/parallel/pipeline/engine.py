@@ -104,8 +104,10 @@ def run_stage(
         if at == last_backward:
             before_last_backward()
         message = mail[type(action)].take(action)
-        if at + 1 < len(actions):
-            mail[type(actions[at + 1])].ask(actions[at + 1])
+        following = actions[at + 1] if at + 1 < len(actions) else None
+        # The gradient of this very micro-batch cannot come before its activations went out: ask for it after that.
+        if following is not None and following != Backward(action.micro_batch):
+            mail[type(following)].ask(following)
         if isinstance(action, Forward):
             hidden = message.requires_grad_(last_backward >= 0) if message is not None else None
             output = stage(action.micro_batch, hidden)

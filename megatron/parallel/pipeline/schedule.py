@@ -65,8 +65,9 @@ def check_schedule(plan: Schedule, micro_batches: int, *, backward: bool = True)
         assert len(actions) == len(expected) and set(actions) == expected, (
             f"stage {stage} does not run each action once"
         )
+        place = {action: at for at, action in enumerate(actions)}
         for number in range(micro_batches if backward else 0):
-            assert actions.index(Forward(number)) < actions.index(Backward(number)), f"stage {stage}: {number}"
+            assert place[Forward(number)] < place[Backward(number)], f"stage {stage}: {number} goes back first"
     for kind in (Forward, Backward):
         orders = {tuple(a.micro_batch for a in actions if isinstance(a, kind)) for actions in plan}
         assert len(orders) <= 1, f"neighbouring stages send and receive {kind.__name__} messages in different orders"

@@ -13,6 +13,10 @@ SAVE_DIR="${SAVE_DIR:-$LOG_DIR/checkpoints}"
 # What `make venv` set up, where it has run; else whatever environment is active.
 [ -d .venv/bin ] && PATH="$PWD/.venv/bin:$PATH"
 
+# The GPU starts work in the order in which it was asked for, so that a collective asked for before a matrix product runs
+# behind it rather than after it. (Hopper and newer order their queues themselves; there it does no harm.)
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+
 arguments=(
   --standalone                       # a rendezvous of its own on a free port: several runs on one machine do not meet
   --nproc-per-node "$GPUS_PER_NODE"

@@ -5,9 +5,12 @@ Both formats (Hugging Face's and ours) are read through this. It knows no file f
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,7 +36,7 @@ class StoredPiece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A canonical tensor of `shape`, all of which its disjoint `pieces` hold."""
+    """A canonical tensor of `shape`, all of which its disjoint `pieces` hold; they are sorted by their start."""
 
     shape: tuple[int, ...]
     pieces: tuple[StoredPiece, ...]
@@ -41,6 +44,21 @@ class StoredTensor:
     @property
     def size_bytes(self) -> int:
         return sum(piece.size_bytes for piece in self.pieces)
+
+    def pieces_near(self, region: Region) -> tuple[StoredPiece, ...]:
+        """The pieces that can meet a region, by their rows: few of thousands, where a large run cut the tensor."""
+        if not self.shape:
+            return self.pieces
+        row, stop = region.start[0], region.start[0] + region.size[0]
+        starts, reaches = self._rows
+        return self.pieces[bisect_right(reaches, row) : bisect_left(starts, stop)]
+
+    @cached_property
+    def _rows(self) -> tuple[list[int], list[int]]:
+        """Each piece's first row, and the row up to which it and those before it reach; both ascend."""
+        starts = [piece.region.start[0] for piece in self.pieces]
+        stops = (piece.region.start[0] + piece.region.size[0] for piece in self.pieces)
+        return starts, list(itertools.accumulate(stops, max))
 
 
 Index = Mapping[str, Mapping[str, StoredTensor]]  # kind -> canonical name -> where it is
@@ -81,13 +99,25 @@ def _find_problem(pieces: list[StoredPiece]) -> str | None:
     held, whole = sum(piece.region.numel for piece in pieces), math.prod(shape)
     if held != whole:
         return f"the pieces hold {held:,} elements of {whole:,} (shape {shape})"
-    return "two pieces overlap" if len(pieces) > 1 and _overlap([piece.region for piece in pieces]) else None
+    return None if len(pieces) == 1 or _tile([piece.region for piece in pieces]) else "two pieces overlap"
 
 
-def _overlap(regions: Sequence[Region]) -> bool:
-    """Whether two of some rectangles meet. Compares all pairs: a tensor has a hundred pieces at most."""
-    start = np.array([region.start for region in regions])
-    stop = start + np.array([region.size for region in regions])
-    meet = (np.maximum(start[:, None], start[None]) < np.minimum(stop[:, None], stop[None])).all(axis=-1)
-    np.fill_diagonal(meet, False)
-    return bool(meet.any())
+def _tile(regions: Sequence[Region]) -> bool:
+    """Whether rectangles of a tensor hold each of its elements exactly once.
+
+    How often each element is held is told by the differences of that count along all dims: a rectangle adds 1 or -1 to
+    them at each of its corners and nothing elsewhere. They must be those of the whole tensor, so with the tensor's own
+    corners subtracted, the sum at every point must be zero. Exact, and takes only a sort of the corners, however many
+    pieces a large run cuts a tensor into.
+    """
+    regions = [*regions, Region.whole(regions[0].name, regions[0].shape)]
+    starts = np.array([region.start for region in regions], dtype=np.int64)
+    stops = starts + np.array([region.size for region in regions], dtype=np.int64)
+    signs = np.ones(len(regions), dtype=np.int64)
+    signs[-1] = -1
+    corners, values = [], []
+    for at_stop in itertools.product((False, True), repeat=starts.shape[1]):
+        corners.append(np.where(at_stop, stops, starts))
+        values.append(signs * (-1) ** sum(at_stop))
+    points, place = np.unique(np.concatenate(corners), axis=0, return_inverse=True)
+    return not np.bincount(place.reshape(-1), weights=np.concatenate(values), minlength=len(points)).any()

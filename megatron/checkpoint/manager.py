@@ -90,16 +90,30 @@ def apply_retention(save: Path, keep_last: int | None) -> None:
     """Remove all but the newest `keep_last` whole checkpoints (None: remove none), and what a crash left half removed.
 
     Call it from one rank. Folders that are not whole checkpoints of ours stay. Each is renamed before it is removed, so
-    that a crash leaves nothing that looks like a checkpoint. A folder that cannot be removed is only warned about.
+    that a crash leaves nothing that looks like a checkpoint. Whatever goes wrong with a folder is only warned about: it
+    is no reason to end a run.
     """
     if keep_last is None:
         return
     assert keep_last >= 1, keep_last
-    for _, folder in whole_checkpoints(save)[:-keep_last]:
-        remove_checkpoint(folder)
-    for folder in _leftovers(save):
-        if folder.name.endswith(REMOVED):
-            _remove_tree(folder)
+    try:
+        whole = [folder for _, folder in _step_folders(save) if _may_be_removed(folder)]
+        for folder in whole[:-keep_last]:
+            remove_checkpoint(folder)
+        for folder in _leftovers(save):
+            if folder.name.endswith(REMOVED):
+                _remove_tree(folder)
+    except OSError as error:
+        _logger.warning("%s cannot be searched for old checkpoints (%s)", save, error.strerror or error)
+
+
+def _may_be_removed(folder: Path) -> bool:
+    """Whether it is a whole checkpoint of ours; where that cannot be told, it stays."""
+    try:
+        return find_problem(folder) is None
+    except (OtherVersionError, OSError) as error:
+        _logger.warning("%s is not counted by checkpoint.keep_last and stays: %s", folder, error)
+        return False
 
 
 def remove_checkpoint(folder: Path) -> None:

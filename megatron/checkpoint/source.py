@@ -93,7 +93,7 @@ class Source:
             )
         found = 0
         with torch.no_grad():
-            for piece in stored.pieces:
+            for piece in stored.pieces_near(region):
                 common = piece.region.intersect(region)
                 if common is not None:
                     reader = self._reader(piece)

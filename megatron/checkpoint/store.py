@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,12 @@ def save_checkpoint(
     partial = folder.with_name(folder.name + PARTIAL)
     listed = {kind: list(pairs) for kind, pairs in tensors.items()}
     try:
-        sizes = _together(folder, rank, exchange, lambda: _prepare(partial, rank, listed))
-        records = _together(folder, rank, exchange, lambda: _write_rank(partial, rank, listed, sum(sizes)))
+        total_bytes = sum(_together(folder, rank, exchange, lambda: _prepare(partial, rank, listed)))
+        records = _together(folder, rank, exchange, lambda: _write_rank(partial, rank, listed, total_bytes))
 
         def publish() -> None:
             if rank == 0:
-                _describe(partial, records, state, model_config, run_config_yaml, carried)
+                _describe(partial, list(records), state, model_config, run_config_yaml, carried)
                 _publish(partial, folder)
 
         _together(folder, rank, exchange, publish)
@@ -82,8 +82,11 @@ def save_checkpoint(
         raise
 
 
-def _together(folder: Path, rank: int, exchange: Exchange, work: Callable[[], Any]) -> list[Any]:
-    """Do this rank's `work`, then return every rank's (JSON) result, or fail on all ranks if one failed."""
+def _together(folder: Path, rank: int, exchange: Exchange, work: Callable[[], Any]) -> Iterator[Any]:
+    """Do this rank's `work`, then return every rank's (JSON) result, or fail on all ranks if one failed.
+
+    The results are parsed as they are taken: of a large run they are hundreds of megabytes, which rank 0 alone needs.
+    """
     result, failure = None, None
     try:
         result = work()
@@ -91,14 +94,16 @@ def _together(folder: Path, rank: int, exchange: Exchange, work: Callable[[], An
         failure = error
     expected = isinstance(failure, (MegatronError, OSError))
     text = None if failure is None else str(failure) if expected else repr(failure)
-    reports = [json.loads(report) for report in exchange(json.dumps({"failure": text, "result": result}))]
-    failures = [f"rank {number}: {report['failure']}" for number, report in enumerate(reports) if report["failure"]]
+    # Two lines: JSON has no line breaks of its own, and an empty first one needs no parsing.
+    reports = exchange(f"{'' if text is None else json.dumps(text)}\n{json.dumps(result)}")
+    failed = [(number, report) for number, report in enumerate(reports) if not report.startswith("\n")]
+    failures = [f"rank {number}: {json.loads(report.splitlines()[0])}" for number, report in failed]
     if failure is not None and not expected:
         raise failure
     if failures:
         more = f" (and {len(failures) - 3} more ranks)" if len(failures) > 3 else ""
         raise CheckpointError(f"{folder} was not saved: {' '.join(failures[:3])}{more}") from failure
-    return [report["result"] for report in reports]
+    return (json.loads(report.partition("\n")[2]) for report in reports)
 
 
 def _prepare(partial: Path, rank: int, listed: Listed) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -119,6 +120,40 @@ def test_a_crash_while_removing_leaves_nothing_that_looks_whole(saved: Path, mon
     assert "step_0000001.removed is half removed and is ignored" in caplog.text
     manager.apply_retention(saved, 2)
     assert not (saved / "step_0000001.removed").exists()
+
+
+def test_retention_leaves_a_checkpoint_of_another_version_with_a_warning(saved: Path, caplog) -> None:
+    _edit_manifest(saved / "step_0000001", version=2)
+    manager.apply_retention(saved, 1)
+    assert sorted(path.name for path in saved.glob("step_*")) == ["step_0000001", "step_0000003"]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "step_0000001 is not counted by checkpoint.keep_last and stays" in caplog.text
+    assert "has version 2" in caplog.text
+
+
+def test_retention_leaves_a_checkpoint_that_cannot_be_looked_at(saved: Path, monkeypatch, caplog) -> None:
+    genuine = manager.find_problem
+
+    def stale(folder):
+        if folder.name == "step_0000002":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+        return genuine(folder)
+
+    monkeypatch.setattr(manager, "find_problem", stale)
+    manager.apply_retention(saved, 1)
+    assert sorted(path.name for path in saved.glob("step_*")) == ["step_0000002", "step_0000003"]
+    assert "step_0000002 is not counted by checkpoint.keep_last and stays" in caplog.text
+    assert "Stale file handle" in caplog.text
+
+
+def test_a_save_folder_that_cannot_be_listed_is_only_a_warning(saved: Path, monkeypatch, caplog) -> None:
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    manager.apply_retention(saved, 1)
+    assert f"{saved} cannot be searched for old checkpoints (Permission denied)" in caplog.text
 
 
 def test_a_folder_that_cannot_be_removed_is_only_a_warning(saved: Path, monkeypatch, caplog) -> None:

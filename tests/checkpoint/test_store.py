@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -215,6 +216,21 @@ def test_a_bug_on_one_rank_keeps_its_error_and_frees_the_others(tmp_path: Path, 
     assert isinstance(second, ZeroDivisionError)
     assert isinstance(first, CheckpointError) and "ZeroDivisionError('a bug')" in str(first)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_rank_0_parses_what_the_others_wrote(tmp_path: Path, tensors, monkeypatch) -> None:
+    """Of a large run that is hundreds of megabytes."""
+    genuine, parsed = store.json.loads, []
+
+    def recording(text):
+        found = genuine(text)
+        if isinstance(found, dict) and "tensors" in found:
+            parsed.append(threading.current_thread().name)
+        return found
+
+    monkeypatch.setattr(store.json, "loads", recording)
+    assert save(tmp_path, tensors, ranks=3, cuts=6) == [None] * 3
+    assert len(parsed) == 3 and len(set(parsed)) == 1
 
 
 def test_an_element_written_by_nobody_is_noticed(tmp_path: Path, tensors, monkeypatch) -> None:

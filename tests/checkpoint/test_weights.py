@@ -38,7 +38,7 @@ def load(folder: Path, dtype: torch.dtype, context: ParallelContext) -> dict[str
         parameter.data.fill_(torch.nan)
     with open_source(folder) as source:
         load_weights(model, source)
-    loaded = {}
+    loaded: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, ShardedParameter)
         loaded[name] = parameter

@@ -44,12 +44,11 @@ class Run:
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition holds; an error if the run ends before."""
+        answers = [process.stdout for process in self.processes]
         while not condition():
-            ended = [
-                process for process in self.processes if process.stdout in select.select([process.stdout], [], [], 0)[0]
-            ]
-            assert not ended and time.monotonic() < self.deadline, f"it never came to that:\n{self.errors}"
-            time.sleep(0.005)
+            if select.select(answers, [], [], 0.005)[0] or time.monotonic() > self.deadline:
+                self.kill()
+                raise AssertionError(f"it never came to that:\n{self.errors}")
 
     def wait(self) -> Result:
         """Wait for the end of all ranks."""
@@ -90,6 +89,7 @@ class Program:
 
     def start(self, words: Sequence[Any], ranks: int = 1, timeout_s: float = 120.0) -> Run:
         """Start `megatron` with these words, as torchrun would on `ranks` processes (as no launcher would on one)."""
+        self._idle = [process for process in self._idle if process.poll() is None]
         while len(self._idle) < ranks:
             self._idle.append(_start_worker())
         folder = Path(tempfile.mkdtemp(dir=self._folder.name))

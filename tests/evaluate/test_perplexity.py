@@ -16,6 +16,8 @@ from megatron.evaluate.perplexity import Evaluation, evaluate
 from megatron.model.config import ModelConfig
 from megatron.model.initialize import initialize
 from megatron.model.transformer import Transformer
+from megatron.parallel.buckets import build_buckets
+from megatron.parallel.gradients import GradientReducer
 from megatron.parallel.mesh import single_rank
 
 MODEL = ModelConfig(50, 24, 40, 2, 4, 2, 6, initializer_range=0.2)
@@ -74,6 +76,25 @@ def test_nothing_is_left_behind(tmp_path: Path, model: Transformer) -> None:
     assert evaluate(model, windows, alone, micro_batch=2) == first
     assert all(map(torch.equal, model.parameters(), before))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_graph_is_built_and_gradients_are_left_alone(tmp_path: Path, model: Transformer) -> None:
+    """What a training step has gathered so far stays, and the forward pass keeps no activations for a backward."""
+    write_stream(tmp_path / "p", 30)
+    buckets = build_buckets(model, model.context.grad, zero=0, gradient_dtype=torch.float64)
+    GradientReducer(buckets, model.context, zero=0)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    for bucket in buckets:
+        bucket.gradients.fill_(5.0)
+    graphs: list[bool] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda _, __, output: graphs.append(output.requires_grad))
+    evaluate(model, StreamWindows(str(tmp_path / "p"), 8), alone, micro_batch=2)
+    assert graphs and not any(graphs)
+    assert all(parameter.grad is not None and (parameter.grad == 3.0).all() for parameter in model.parameters())
+    assert all((bucket.gradients == 5.0).all() for bucket in buckets)
+    assert torch.is_grad_enabled() and model(torch.tensor([[1, 2]])).requires_grad, "training goes on"
 
 
 def test_perplexity_is_the_exponential() -> None:

@@ -1,0 +1,98 @@
+"""What follows from a configuration that leaves values open: the plan of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron.config.data import DataConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.run import RunConfig
+from megatron.config.train import TrainConfig
+from megatron.parallel.mesh import Grid
+from megatron.train.build import Plan, make_plan
+from megatron.train.origin import Origin
+from megatron.utils.errors import ConfigError
+
+from .conftest import MODEL
+
+LONGEST = MODEL.max_position_embeddings
+
+
+def plan(world_size: int, **sections: dict[str, Any]) -> Plan:
+    config = RunConfig(
+        parallel=ParallelConfig(**sections.get("parallel", {})),
+        data=DataConfig(**{"train": "synthetic", **sections.get("data", {})}),
+        optimizer=OptimizerConfig(**sections.get("optimizer", {})),
+        train=TrainConfig(**{"steps": 7, "global_batch": 24, "micro_batch": 2, **sections.get("train", {})}),
+    )
+    return make_plan(config, Origin(None, False, MODEL, MODEL.to_huggingface()), world_size)
+
+
+def test_one_process_and_nothing_stated() -> None:
+    assert plan(1) == Plan(
+        grid=Grid(),
+        sequence_length=LONGEST,
+        sequence_parallel=False,
+        zero=0,
+        samples=7 * 24,
+        decay_steps=7,
+        micro_batches=12,
+    )
+
+
+def test_what_is_stated_is_taken() -> None:
+    found = plan(
+        4,
+        parallel={"tensor": 2, "sequence": False, "zero": 0},
+        data={"sequence_length": 12, "samples": 1000},
+        optimizer={"decay_steps": 5},
+    )
+    assert found == Plan(
+        grid=Grid(tensor=2, data=2),
+        sequence_length=12,
+        sequence_parallel=False,
+        zero=0,
+        samples=1000,
+        decay_steps=5,
+        micro_batches=6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "pipeline", "zero", "micro_batches"),
+    [(1, 1, 1, 0, 12), (2, 1, 1, 1, 6), (2, 2, 1, 0, 12), (2, 1, 2, 0, 12), (4, 2, 1, 1, 6), (8, 2, 2, 1, 6)],
+)
+def test_optimizer_state_is_sharded_where_there_are_data_ranks(
+    world_size: int, tensor: int, pipeline: int, zero: int, micro_batches: int
+) -> None:
+    parallel = {"tensor": tensor, "pipeline": pipeline}
+    found = plan(world_size, parallel=parallel)
+    assert (found.zero, found.micro_batches) == (zero, micro_batches)
+    assert found.grid == Grid(tensor, world_size // (tensor * pipeline), pipeline)
+    for stated in (0, 1):
+        assert plan(world_size, parallel={**parallel, "zero": stated}).zero == stated
+
+
+@pytest.mark.parametrize(("tensor", "on"), [(1, False), (2, True), (4, True)])
+def test_sequence_parallelism_comes_with_tensor_parallelism(tensor: int, on: bool) -> None:
+    assert plan(4, parallel={"tensor": tensor}).sequence_parallel is on
+    assert plan(4, parallel={"tensor": tensor, "sequence": False}).sequence_parallel is False
+
+
+@pytest.mark.parametrize(("global_batch", "micro_batch", "expected"), [(24, 1, 12), (24, 3, 4), (24, 12, 1), (8, 2, 2)])
+def test_micro_batches_are_those_of_one_data_rank(global_batch: int, micro_batch: int, expected: int) -> None:
+    found = plan(4, parallel={"tensor": 2}, train={"global_batch": global_batch, "micro_batch": micro_batch})
+    assert found.micro_batches == expected
+    assert found.samples == 7 * global_batch
+
+
+def test_what_cannot_be_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match="3 processes"):
+        plan(3, parallel={"tensor": 2})
+    with pytest.raises(ConfigError, match=r"train\.global_batch=24"):
+        plan(4, train={"micro_batch": 4})
+    with pytest.raises(ConfigError, match=f"max_position_embeddings={LONGEST}"):
+        plan(1, data={"sequence_length": LONGEST + 1})

@@ -131,6 +131,7 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
             save,
             steps=config.train.steps,
             global_batch=config.train.global_batch,
+            how_to_continue=checkpoints.how_to_continue,
         )
 
 

@@ -88,6 +88,13 @@ class Checkpoints:
         self.folder = None if config.checkpoint.save is None else Path(config.checkpoint.save)
         self._last_saved: int | None = None
 
+    @property
+    def how_to_continue(self) -> str:
+        """What to tell who stopped the run."""
+        if self.folder is None:
+            return "nothing was saved, since checkpoint.save is not set"
+        return "run the same command again to continue"
+
     def save(self, step: TrainingStep, progress: Progress) -> None:
         """Write `SAVE/step_…` from all ranks together, unless this very step was saved just before."""
         if self.folder is None or self._last_saved == progress.step:

@@ -23,7 +23,8 @@ _GO_ON, _STOP, _FAILED = 0, 1, 2
 class Trainer:
     """Runs steps until `steps` are done or all ranks agreed to stop, then saves.
 
-    `loader` continues at `progress`; `save` writes a checkpoint of the present state.
+    `loader` continues at `progress`; `save` writes a checkpoint of the present state; `how_to_continue` is said after a
+    stop.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Trainer:
         *,
         steps: int,
         global_batch: int,
+        how_to_continue: str,
     ) -> None:
         self.world, self.step, self.loader, self.progress = world, step, loader, progress
         self.hooks, self.wish, self.save = hooks, wish, save
-        self.steps, self.global_batch = steps, global_batch
+        self.steps, self.global_batch, self.how_to_continue = steps, global_batch, how_to_continue
 
     def fit(self) -> None:
         """Train. Errors of one rank are raised on all, after the present state was saved."""
@@ -63,9 +65,7 @@ class Trainer:
             self.world.raise_together(failure)
         if self.progress.step < self.steps:
             reason = next(filter(None, self.world.exchange(self.wish.reason)), "asked to stop")
-            _logger.info(
-                "stopped after step %d (%s); run the same command again to continue", self.progress.step, reason
-            )
+            _logger.info("stopped after step %d (%s); %s", self.progress.step, reason, self.how_to_continue)
 
     def _run_hooks(self, outcome: StepOutcome) -> None:
         try:

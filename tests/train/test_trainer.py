@@ -41,6 +41,7 @@ class Diary:
             lambda: self.lines.append(f"save {self.progress.step}"),
             steps=steps,
             global_batch=4,
+            how_to_continue="ask again",
         )
 
     def next_batch(self) -> list[MicroBatch]:

@@ -1,6 +1,6 @@
 """Stopping together: signals and the stop file make a wish, a vote makes it everybody's decision.
 
-The vote is started before a step and counted after it, so no step waits for it; all ranks stop after the same step.
+The vote is taken while a GPU still computes the step, so it holds nothing up; all ranks stop after the same step.
 """
 
 from __future__ import annotations

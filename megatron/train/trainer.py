@@ -53,10 +53,10 @@ class Trainer:
         batch = self.world.agree(self.loader.next_batch)
         ballot = _GO_ON
         while self.progress.step < self.steps and ballot == _GO_ON:
-            # The next batch is read ahead, and the vote is taken behind this step, so neither holds it up.
+            outcome = self._train_on(batch)
+            # While a GPU still computes the step, the next batch is fetched and the vote taken.
             upcoming, failure = self._fetch_next()
             vote = self.world.vote(_FAILED if failure else _STOP if self.wish.wanted() else _GO_ON)
-            outcome = self._train_on(batch)
             self.progress.advance(self.global_batch, batch[0].tokens.shape[1])
             self._run_hooks(outcome)
             ballot, batch = vote.result(), upcoming

@@ -16,6 +16,7 @@ from megatron.utils.errors import ConfigError, ResourceError
 # Dense bf16 peaks of the data sheets, in FLOP/s; more specific names first.
 _PEAK_FLOPS_BF16 = (
     ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
     ("H200", 989.4e12),
     ("H100", 989.4e12),
     ("A100", 312e12),

@@ -83,7 +83,7 @@ def test_has_nothing_to_do_after_the_last_step(world: World, start: int) -> None
 
 
 @pytest.mark.parametrize("asked_during", [1, 2])
-def test_stops_one_step_after_the_wish_and_saves(world: World, asked_during: int) -> None:
+def test_stops_after_the_step_of_the_wish_and_saves(world: World, asked_during: int) -> None:
     diary = Diary(world, steps=9)
 
     def ask(step: int) -> None:
@@ -92,9 +92,9 @@ def test_stops_one_step_after_the_wish_and_saves(world: World, asked_during: int
 
     diary.before_step = ask
     diary.trainer.fit()
-    assert diary.lines[-1] == f"save {asked_during + 1}"
+    assert diary.lines[-1] == f"save {asked_during}"
     assert [line for line in diary.lines if line.startswith("train")] == [
-        f"train {step}" for step in range(1, asked_during + 2)
+        f"train {step}" for step in range(1, asked_during + 1)
     ]
 
 

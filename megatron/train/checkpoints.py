@@ -62,10 +62,15 @@ def check_resume(config: RunConfig, source: Source, data: Mapping[str, Any]) -> 
     saved = (source.state or {}).get("data", {})
     changed = [key for key in data if key in saved and saved[key] != data[key]]
     if changed:
+        hint = ""
+        if "data.samples" in changed:
+            hint = (
+                " (Megatron's order depends on it: a run that may be extended sets it, or data.order=stable, at first.)"
+            )
         listed = "; ".join(f"{key} was {json.dumps(saved[key])}, now {json.dumps(data[key])}" for key in changed)
         raise ConfigError(
             f"{source.folder} was trained on another order of samples: {listed}. Set {', '.join(changed)} as it was to "
-            "resume, or start a new run from these weights with model.init_from and another checkpoint.save."
+            "resume, or start a new run from these weights with model.init_from and another checkpoint.save." + hint
         )
     for line in differences(source.run_config or {}, to_dict(config)):
         _logger.info("changed since the checkpoint: %s", line)

@@ -1,0 +1,1 @@
+"""What the benchmarks share: the machine, the contestants, and the processes that these run in."""

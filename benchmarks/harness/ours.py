@@ -1,0 +1,58 @@
+"""This project's training step, alone or over a grid of processes, as `megatron train` builds it."""
+
+from __future__ import annotations
+
+import torch
+
+from harness.contestants import Contestant, Workload
+from harness.trainer import Trainer, tensor_bytes
+from megatron.config.optimizer import OptimizerConfig
+from megatron.data.loader import MicroBatch
+from megatron.model.initialize import initialize
+from megatron.model.transformer import Transformer
+from megatron.parallel.mesh import Grid, ParallelContext, connect, single_rank
+from megatron.parallel.world import start_world
+from megatron.train.step import TrainingStep
+
+
+def build(contestant: Contestant, workload: Workload, dtype: torch.dtype) -> Trainer:
+    """Weights in `dtype`; gradients, masters and moments in float32. ZeRO-1 over two data ranks, sequence parallel."""
+    context = _context(contestant, workload)
+    model = Transformer(workload.model, context, dtype)
+    initialize(model, workload.model, seed=1)
+    step = TrainingStep(
+        model,
+        context,
+        OptimizerConfig(),
+        micro_batches=workload.micro_batches,
+        zero=int(contestant.data > 1),
+        decay_steps=1000,
+    )
+    step.optimizer.reset_masters()
+    done = 0
+
+    def run(batches: list[MicroBatch]) -> None:
+        nonlocal done
+        done += 1
+        step(batches, done)
+
+    def state_bytes() -> dict[str, int]:
+        return {
+            "weights": tensor_bytes(bucket.weights for bucket in step.buckets),
+            "gradients": tensor_bytes(bucket.gradients for bucket in step.buckets),
+            "optimizer": step.optimizer.state_bytes,
+        }
+
+    return Trainer(run, state_bytes)
+
+
+def _context(contestant: Contestant, workload: Workload) -> ParallelContext:
+    if contestant.world == 1:
+        return single_rank()
+    world = start_world(timeout_s=600.0)
+    return connect(
+        Grid.of_world(contestant.world, contestant.tensor, contestant.pipeline),
+        world.launch.rank,
+        sequence=contestant.tensor > 1,
+        num_key_value_heads=workload.model.num_key_value_heads,
+    )

@@ -14,7 +14,8 @@ from harness.fleet import ContestantFailed, Fleet
 
 _LONG_STEP_S = 4.0  # steps that last longer are warmed up once, not twice
 _TURN_S = 1.0  # a turn has as many steps as fit, at least one
-_PRODUCTS_S = 0.5
+_PRODUCTS_S = 1.0
+_PREPARATION = 0.7  # of the time may go to starting and warming up; who is not ready then is out
 
 Say = Callable[[str], None]
 
@@ -158,10 +159,12 @@ def race(
         products = [Products(workload, precision, world, threads) for world in worlds]
         for lane in lanes:
             lane.launch()
+        now = time.monotonic()
+        ready = now + _PREPARATION * max(0.0, deadline - now)
         for lane in lanes:
-            lane.wait(deadline)
+            lane.wait(ready)
         for lane in lanes:
-            lane.warm_up(deadline)
+            lane.warm_up(ready)
             say(f"  {precision} {lane.result.contestant.name}: {lane.result.failure or 'ready'}")
         done.rounds = _run_rounds(lanes, products, rounds, deadline)
         for lane in lanes:

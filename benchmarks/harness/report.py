@@ -9,16 +9,16 @@ from harness.race import Race, Result
 from megatron.model.flops import model_flops_per_token
 from megatron.utils.units import format_bytes
 
+_PROCESSES = {1: "one process", 2: "two processes"}
 _MEMORY_HEAD = f" {'beyond states':>14} {'states':>10} {'peak':>10}"
 
 
 def speed_table(race: Race, workload: Workload) -> list[str]:
     """Tokens/s, share of the matrix-product peak, memory; then the ratios."""
     flops = _flops_per_token(workload)
-    processes = "one process" if race.processes == 1 else f"{race.processes} processes"
-    peaks = ", ".join(f"{peak / 1e9:.0f} GFLOP/s in {world}" for world, peak in race.products.items())
+    peaks = ", ".join(f"{peak / 1e9:.0f} GFLOP/s ({_PROCESSES[world]})" for world, peak in race.products.items())
     lines = [
-        f"{race.precision}, {processes}, {race.rounds} rounds; matrix products reach {peaks} process(es)",
+        f"{race.precision}, {_PROCESSES[race.processes]}, {race.rounds} rounds; matrix products reach {peaks}",
         f"  {'':24} {'tokens/s best':>13} {'median':>8} {'of peak':>8}" + _MEMORY_HEAD,
     ]
     for result in race.results:

@@ -4,6 +4,7 @@ parallelism. Its loss is the model's own: float32 logits, cross-entropy.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from datetime import timedelta
 from typing import Any
@@ -53,4 +54,8 @@ def _tensor_parallel(model: Any, dtype: torch.dtype) -> Any:
         plan = {"distributed_config": DistributedConfig(tp_plan="auto")}
     except (ImportError, TypeError):
         pass
-    return AutoModelForCausalLM.from_pretrained(folder[0], dtype=dtype, attn_implementation="sdpa", **plan)
+    parallel = AutoModelForCausalLM.from_pretrained(folder[0], dtype=dtype, attn_implementation="sdpa", **plan)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return parallel

@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,8 @@ def main() -> None:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
+    # Else a library that looks for an optional package "kernels", as transformers does, finds the benchmark.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parents[1]]
     try:
         job = Job.from_dict(json.loads(sys.argv[1]))
         dtype = DTYPES[job.precision]

@@ -26,6 +26,8 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +44,7 @@ _WEIGHTS = {1: 1.0, 2: 1.7}
 
 def main() -> None:
     """Run what was asked for, print a table after each part, write the figures."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the workers are ended then, too
     arguments = parse_arguments()
     threads = arguments.threads or len(os.sched_getaffinity(0))
     workload = Workload(vocab_size=arguments.vocabulary, micro_batches=arguments.micro_batches)

@@ -1,16 +1,24 @@
-"""Rotary position embedding (Su et al., 2021) in Hugging Face's half-split order."""
+"""Rotary position embedding (Su et al., 2021) in half-split order, fused with splitting qkv into heads."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from megatron.kernels.native import Kernel
 from megatron.kernels.numerics import statistics_dtype
+from megatron.kernels.operation import define, define_backward
+
+_SPLIT, _JOIN = Kernel("rotary_split", "ppppppiiiii"), Kernel("rotary_join", "ppppppiiiii")
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def rotary_tables(
     sequence_length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position · theta^(−2i/d), each [sequence_length, 1, 1, head_dim], both halves alike.
+    """cos and sin of position · theta^(−2i/d), each [sequence_length, head_dim], both halves alike.
 
     Angles are computed in max(float32, dtype), as transformers does in float32.
     """
@@ -18,12 +26,99 @@ def rotary_tables(
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).to(wide) / head_dim
     inverse_frequency = 1.0 / (theta**exponents)
     positions = torch.arange(sequence_length, dtype=torch.int64, device=device).to(wide)
-    angles = torch.outer(positions, inverse_frequency).repeat(1, 2)[:, None, None, :]  # [s, 1, 1, d]
+    angles = torch.outer(positions, inverse_frequency).repeat(1, 2)  # [s, d]
     return angles.cos(), angles.sin()
 
 
-def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + d/2) of heads [s, b, n, d] by its angle; the product is taken in the tables' dtype."""
+def rotary_split(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, num_key_value_heads: int
+) -> Heads:
+    """qkv [s, b, (heads + 2 kv) · d] → query [b, heads, s, d], key and value [b, kv, s, d].
+
+    Query and key are turned by the angles of their position, cos and sin [s, d], in the tables' dtype.
+    """
+    return _ROTARY_SPLIT(qkv, cos, sin, num_heads, num_key_value_heads)
+
+
+def rotary_split_reference(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, num_key_value_heads: int
+) -> Heads:
+    """The formula itself."""
+    heads = qkv.unflatten(-1, (num_heads + 2 * num_key_value_heads, -1)).permute(1, 2, 0, 3)  # [b, n, s, d]
+    query, key, value = heads.split([num_heads, num_key_value_heads, num_key_value_heads], dim=1)
+    return _turn(query, cos, sin), _turn(key, cos, sin), value.contiguous()
+
+
+def rotary_join_reference(
+    grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of qkv: turned back, since a rotation's transpose is the opposite rotation."""
+    heads = torch.cat((_turn(grad_query, cos, -sin), _turn(grad_key, cos, -sin), grad_value), dim=1)
+    return heads.permute(2, 0, 1, 3).flatten(2).contiguous()  # [s, b, (heads + 2 kv) · d]
+
+
+def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (i, i + d/2) of heads [b, n, s, d] by its angle."""
     first, second = heads.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (heads * cos + turned * sin).to(heads.dtype)
+
+
+def _native(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, num_key_value_heads: int
+) -> Heads | None:
+    qkv, (query, key, value) = qkv.contiguous(), _fake(qkv, cos, sin, num_heads, num_key_value_heads)
+    size = (*qkv.shape[:2], num_heads, num_key_value_heads, query.shape[-1])
+    return (query, key, value) if _SPLIT(qkv, qkv, cos, sin, query, key, value, *size) else None
+
+
+def _native_join(
+    grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor | None:
+    grad_qkv = _fake_join(grad_query, grad_key, grad_value, cos, sin)
+    batch, heads, sequence_length, head_dim = grad_query.shape
+    gradients = (grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous())
+    size = (sequence_length, batch, heads, grad_key.shape[1], head_dim)
+    return grad_qkv if _JOIN(grad_qkv, *gradients, cos, sin, grad_qkv, *size) else None
+
+
+def _fake(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, num_key_value_heads: int) -> Heads:
+    sequence_length, batch, width = qkv.shape
+    tail = (sequence_length, width // (num_heads + 2 * num_key_value_heads))
+    query, key, value = (qkv.new_empty((batch, n, *tail)) for n in (num_heads, *2 * (num_key_value_heads,)))
+    return query, key, value
+
+
+def _fake_join(
+    grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    batch, heads, sequence_length, head_dim = grad_query.shape
+    return grad_query.new_empty((sequence_length, batch, (heads + 2 * grad_key.shape[1]) * head_dim))
+
+
+_ROTARY_SPLIT = define(
+    "rotary_split(Tensor qkv, Tensor cos, Tensor sin, int num_heads, int num_key_value_heads)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=rotary_split_reference,
+    native=_native,
+    fake=_fake,
+)
+_ROTARY_JOIN = define(
+    "rotary_join(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, Tensor sin) -> Tensor",
+    reference=rotary_join_reference,
+    native=_native_join,
+    fake=_fake_join,
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Heads) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _backward(
+    ctx: Any, grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    return _ROTARY_JOIN(grad_query, grad_key, grad_value, *ctx.saved_tensors), None, None, None, None
+
+
+define_backward("rotary_split", _backward, _keep)

@@ -5,8 +5,11 @@ Nothing else below `train` asks `torch.cuda` directly, so that the same program 
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -84,6 +87,18 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     if deterministic:
         request_deterministic_products()
     torch.use_deterministic_algorithms(deterministic)
+
+
+def current_stream(device: torch.device) -> int | None:
+    """The address of the stream that work on `device` goes to; None where there are no streams."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for matrix products of bfloat16."""
+    text = Path("/proc/cpuinfo").read_text()
+    return re.search(r"^(?:flags|Features)\s*:.*\b(?:avx512_bf16|amx_bf16|bf16)\b", text, re.MULTILINE) is not None
 
 
 def synchronize(device: torch.device) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron.kernels.rotary import apply_rotary
+from megatron.kernels.rotary import rotary_split
 from megatron.model.config import ModelConfig
 from megatron.parallel.layers import ShardedParameter, column_linear, row_linear
 from megatron.parallel.layout import Piece, Region, ShardSpec
@@ -32,21 +32,13 @@ class Attention(nn.Module):
         self.output = ShardedParameter.create(torch.empty(output.shape, dtype=dtype, device=device), output)
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same; cos and sin [s, 1, 1, d]."""
+        """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same; cos and sin [s, d]."""
         fused = column_linear(hidden, self.qkv, self.context)  # [s, b, (heads + 2 kv)/tp · d]
-        sequence_length, batch, _ = fused.shape
-        heads = fused.view(sequence_length, batch, -1, self.head_dim)
-        query, key, value = heads.split([self.num_heads, self.num_key_value_heads, self.num_key_value_heads], dim=2)
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        query, key, value = rotary_split(fused, cos, sin, self.num_heads, self.num_key_value_heads)
         mixed = F.scaled_dot_product_attention(  # [b, heads/tp, s, d]
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            is_causal=True,
-            enable_gqa=self.num_heads != self.num_key_value_heads,
+            query, key, value, is_causal=True, enable_gqa=self.num_heads != self.num_key_value_heads
         )
-        mixed = mixed.permute(2, 0, 1, 3).reshape(sequence_length, batch, -1)
-        return row_linear(mixed, self.output, self.context)
+        return row_linear(mixed.permute(2, 0, 1, 3).flatten(2), self.output, self.context)
 
 
 def attention_specs(config: ModelConfig, context: ParallelContext, prefix: str) -> tuple[ShardSpec, ShardSpec]:

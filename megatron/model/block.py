@@ -25,7 +25,11 @@ class Block(nn.Module):
         self.feed_forward_norm = Norm(config, context, f"{prefix}.post_attention_layernorm.weight", dtype, device)
         self.feed_forward = FeedForward(config, context, f"{prefix}.mlp", dtype, device)
 
-    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), cos, sin)
-        return hidden + self.feed_forward(self.feed_forward_norm(hidden))
+    def forward(
+        self, hidden: torch.Tensor, branch: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream and what is still to be added to it, both [s, b, h] ([s/tp, b, h] under sequence
+        parallelism) → the same after this layer. The sum is taken with the norm that follows, in one pass."""
+        hidden, normed = self.attention_norm(hidden, branch)
+        hidden, normed = self.feed_forward_norm(hidden, self.attention(normed, cos, sin))
+        return hidden, self.feed_forward(normed)

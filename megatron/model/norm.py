@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron.kernels.rms_norm import rms_norm
+from megatron.kernels.rms_norm import add_rms_norm, rms_norm
 from megatron.model.config import ModelConfig
 from megatron.parallel.layers import ShardedParameter
 from megatron.parallel.layout import Piece, Region, ShardSpec
@@ -23,8 +23,14 @@ class Norm(nn.Module):
         spec = norm_spec(config, context, name)
         self.weight = ShardedParameter.create(torch.empty(spec.shape, dtype=dtype, device=device), spec)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., h] → the same."""
+    def forward(self, hidden: torch.Tensor, branch: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden + branch, its norm), all [..., h]; without a branch hidden itself is the sum."""
+        if branch is None:
+            return hidden, self.normalize(hidden)
+        return add_rms_norm(hidden, branch, self.weight, self.eps)
+
+    def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The norm alone, [..., h] → the same."""
         return rms_norm(hidden, self.weight, self.eps)
 
 

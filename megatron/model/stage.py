@@ -40,8 +40,7 @@ def run_micro_batches(
     activations = Activations((share, batch, model.config.hidden_size), weight.dtype, weight.device)
 
     def stage(number: int, hidden: torch.Tensor | None) -> torch.Tensor:
-        output = model(micro_batches[number].tokens, hidden)
-        return model.token_losses(output, micro_batches[number].labels).sum() if model.is_last else output
+        return model(micro_batches[number].tokens, hidden, micro_batches[number].labels)
 
     loss = run_stage(actions, stage, context, activations, before_last_backward)
     counts = [micro_batch.labels.ne(IGNORED).sum() for micro_batch in micro_batches] if model.is_last else []

@@ -8,7 +8,6 @@ from torch import nn
 from megatron.kernels.rotary import rotary_tables
 from megatron.model.block import Block
 from megatron.model.config import ModelConfig
-from megatron.model.loss import vocabulary_cross_entropy
 from megatron.model.norm import Norm
 from megatron.model.vocabulary import Embedding, Head
 from megatron.parallel.mesh import ParallelContext
@@ -46,26 +45,26 @@ class Transformer(nn.Module):
             self.head = Head(config, context, dtype, device, weight=self.embedding.weight if shared else None)
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def forward(self, tokens: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, hidden: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """This stage's part of the forward pass.
 
         tokens [b, s]; hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) from the stage before (None on
-        the first). Returns hidden for the next stage, or on the last one the logits [s, b, padded vocabulary/tp].
+        the first); labels [b, s] (global ids, or IGNORED). Returns hidden for the next stage; on the last one the sum
+        of the losses, a scalar, or without labels the logits [s, b, padded vocabulary/tp].
         """
         if self.is_first:
             hidden = self.embedding(tokens.t())
         assert hidden is not None, "a later stage needs the activations of the one before"
         cos, sin = self._rotary(tokens.shape[1], hidden)
+        branch = None
         for block in self.blocks:
-            hidden = block(hidden, cos, sin)
+            hidden, branch = block(hidden, branch, cos, sin)
         if not self.is_last:
-            return hidden
-        return self.head(self.final_norm(hidden))
-
-    def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Loss of each token [b, s] from this rank's logits [s, b, v/tp] and labels [b, s] (IGNORED: 0)."""
-        losses = vocabulary_cross_entropy(logits, labels.t(), self.config.vocab_size, self.context.tp)
-        return losses.t()
+            return hidden if branch is None else hidden + branch
+        _, normed = self.final_norm(hidden, branch)
+        return self.head(normed) if labels is None else self.head.loss_sum(normed, labels)
 
     def _rotary(self, sequence_length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary tables for this length; made once, since all batches of a run are of one length."""

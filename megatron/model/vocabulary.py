@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from megatron.model.config import ModelConfig
+from megatron.model.loss import head_loss
 from megatron.parallel.layers import ShardedParameter, column_linear, vocabulary_embedding
 from megatron.parallel.layout import Piece, Region, ShardSpec
 from megatron.parallel.mesh import ParallelContext
@@ -47,7 +48,7 @@ class Head(nn.Module):
         weight: ShardedParameter | None = None,
     ) -> None:
         super().__init__()
-        self.context = context
+        self.context, self.vocab_size = context, config.vocab_size
         if weight is None:
             name = EMBEDDING if config.tie_word_embeddings else HEAD
             spec = vocabulary_spec(config, context, name)
@@ -57,6 +58,10 @@ class Head(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → logits [s, b, padded vocabulary/tp]."""
         return column_linear(hidden, self.weight, self.context)
+
+    def loss_sum(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum of the losses of labels [b, s] after hidden, a scalar: the logits never exist all at once."""
+        return head_loss(hidden, self.weight, labels.t(), self.vocab_size, self.context)
 
 
 def vocabulary_spec(config: ModelConfig, context: ParallelContext, name: str) -> ShardSpec:

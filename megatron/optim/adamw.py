@@ -1,8 +1,8 @@
 """AdamW (Loshchilov and Hutter, 2019) over the flat ranges that this rank owns.
 
 Masters and moments have the gradients' dtype, at least float32. Where the weights have that dtype too, the weights are
-the masters. Weight decay applies to matrices only. The arithmetic is torch's fused kernel, which takes the verdict
-"not finite" as a device tensor, so that no step waits for the host.
+the masters. Weight decay applies to matrices only. The update takes the verdict "not finite" as a device tensor, so
+that no step waits for the host.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.optim.adamw import adamw
 
 from megatron.config.optimizer import OptimizerConfig
+from megatron.kernels.adamw import Hyperparameters, adamw_update_
 from megatron.parallel.buckets import Bucket
 from megatron.parallel.layout import Region
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring parameters with the same weight decay: views of masters, gradients and moments, and a step count."""
+    """Neighbouring parameters with the same weight decay: views of masters, gradients, moments and weights."""
 
+    is_matrix: bool
     master: torch.Tensor
     gradient: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
-    updates: torch.Tensor
+    weights: torch.Tensor | None
 
 
 class AdamW:
@@ -37,18 +38,18 @@ class AdamW:
     def __init__(self, buckets: list[Bucket], config: OptimizerConfig) -> None:
         self.buckets, self.config = buckets, config
         self._state: dict[str, list[torch.Tensor]] = {kind: [] for kind in self.STATE_KINDS}
-        self._runs: dict[bool, list[_Run]] = {True: [], False: []}
+        self._runs: list[_Run] = []
+        self._updates = torch.zeros((), dtype=torch.float32, device=buckets[0].gradients.device)
         for bucket in buckets:
             gradients = bucket.owned_gradients
             shared = bucket.weights.dtype == gradients.dtype
             self._state["master"].append(bucket.owned_weights if shared else bucket.owned_weights.to(gradients.dtype))
             self._state["exp_avg"].append(torch.zeros_like(gradients))
             self._state["exp_avg_sq"].append(torch.zeros_like(gradients))
-            for matrix, start, stop in _decay_runs(bucket):
-                views = (self._state[kind][-1][start:stop] for kind in self.STATE_KINDS)
-                master, exp_avg, exp_avg_sq = views
-                updates = torch.zeros((), dtype=torch.float32, device=gradients.device)
-                self._runs[matrix].append(_Run(master, gradients[start:stop], exp_avg, exp_avg_sq, updates))
+            for is_matrix, start, stop in _decay_runs(bucket):
+                master, exp_avg, exp_avg_sq = (self._state[kind][-1][start:stop] for kind in self.STATE_KINDS)
+                weights = None if shared else bucket.owned_weights[start:stop]
+                self._runs.append(_Run(is_matrix, master, gradients[start:stop], exp_avg, exp_avg_sq, weights))
 
     @property
     def has_masters(self) -> bool:
@@ -69,35 +70,24 @@ class AdamW:
         """Update the owned weights from gradients / `divisor`; not at all where `not_finite` (float32) is 1; both are
         scalars.
 
-        The gradients are divided in place. The weights of other ranks' ranges are not touched: gather them next.
+        The gradients are used up. The weights of other ranks' ranges are not touched: gather them next.
         """
-        for bucket in self.buckets:
-            bucket.owned_gradients.div_(divisor)  # the fused kernel could, but reads the scale as float32 only
-        for matrix, runs in self._runs.items():
-            adamw(
-                [run.master for run in runs],
-                [run.gradient for run in runs],
-                [run.exp_avg for run in runs],
-                [run.exp_avg_sq for run in runs],
-                [],
-                [run.updates for run in runs],
-                fused=True,
-                found_inf=not_finite,
-                amsgrad=False,
-                maximize=False,
-                lr=learning_rate,
-                beta1=self.config.beta1,
-                beta2=self.config.beta2,
-                weight_decay=self.config.weight_decay if matrix else 0.0,
-                eps=self.config.eps,
+        self._updates += 1.0 - not_finite
+        config = self.config
+        for run in self._runs:
+            decay = config.weight_decay if run.is_matrix else 0.0
+            numbers = Hyperparameters(learning_rate, config.beta1, config.beta2, config.eps, decay)
+            adamw_update_(
+                run.master,
+                run.gradient,
+                run.exp_avg,
+                run.exp_avg_sq,
+                run.weights,
+                divisor,
+                not_finite,
+                self._updates,
+                numbers,
             )
-        self._round_masters()
-
-    def _round_masters(self) -> None:
-        """Write the weights anew from masters of another dtype."""
-        for bucket, master in zip(self.buckets, self._state["master"], strict=True):
-            if master.dtype != bucket.weights.dtype:
-                bucket.owned_weights.copy_(master)
 
     def state_regions(self, kind: str, copies: bool = True) -> Iterator[tuple[Region, torch.Tensor]]:
         """The owned state of one kind as rectangles of canonical tensors; `copies=False` leaves out extra copies."""
@@ -114,13 +104,11 @@ class AdamW:
     @property
     def updates(self) -> int:
         """Number of updates done: steps less those skipped for a gradient that was not finite. Waits for the device."""
-        runs = self._runs[True] + self._runs[False]
-        return int(runs[0].updates.item()) if runs else 0
+        return int(self._updates.item())
 
     def set_updates(self, updates: int) -> None:
         """Continue counting from a checkpoint."""
-        for run in self._runs[True] + self._runs[False]:
-            run.updates.fill_(float(updates))
+        self._updates.fill_(float(updates))
 
 
 def _decay_runs(bucket: Bucket) -> Iterator[tuple[bool, int, int]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from megatron.parallel.buckets import Bucket
+from megatron.kernels.squared_norm import squared_norm
+from megatron.parallel.buckets import ALIGNMENT, Bucket
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.mesh import ParallelContext
 
@@ -18,20 +21,33 @@ class GradientNorm:
 
     def __init__(self, buckets: list[Bucket], context: ParallelContext, *, zero: int) -> None:
         self._axis = context.world if zero else context.model
-        self._views = [
-            view
-            for bucket in buckets
-            for _, piece, view in bucket.owned_pieces(bucket.owned_gradients)
-            if piece.copy_rank == 0
-        ]
+        self._runs = [run for bucket in buckets for run in _counted_runs(bucket)]
         self._like = buckets[0].gradients
 
     def compute(self) -> torch.Tensor:
         """The norm as a scalar on the device, in the gradients' dtype."""
         total = self._like.new_zeros(())
-        if self._views:
-            total = torch.stack(torch._foreach_norm(self._views)).square().sum()
+        if self._runs:
+            total = torch.stack([squared_norm(run) for run in self._runs]).sum()
         return all_reduce(total, self._axis).sqrt()
+
+
+def _counted_runs(bucket: Bucket) -> Iterator[torch.Tensor]:
+    """The parts of the owned gradients that this rank counts, as few flat runs as there can be.
+
+    Neighbours join over the gap between them, which is zero.
+    """
+    flat, runs, open_run = bucket.owned_gradients, list[tuple[int, int]](), False
+    for _, piece, view in bucket.owned_pieces(flat):
+        start = int(view.storage_offset()) - int(flat.storage_offset())
+        stop = start + view.numel()
+        assert view.is_contiguous(), "a piece of a parameter is whole rows"
+        if piece.copy_rank == 0 and open_run and start - runs[-1][1] < ALIGNMENT:
+            runs[-1] = (runs[-1][0], stop)
+        elif piece.copy_rank == 0:
+            runs.append((start, stop))
+        open_run = piece.copy_rank == 0
+    return (flat[start:stop] for start, stop in runs)
 
 
 def clip_divisor(norm: torch.Tensor, divisor: torch.Tensor, limit: float) -> torch.Tensor:

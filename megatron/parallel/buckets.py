@@ -18,7 +18,7 @@ from megatron.parallel.layout import Piece, ShardSpec
 from megatron.parallel.mesh import Axis
 
 # Parameters begin at multiples of this many elements, so that wide loads stay aligned.
-_ALIGNMENT = 64
+ALIGNMENT = 64
 # Large enough for full network bandwidth, small enough to start reducing early in the backward pass; with many data
 # ranks also large enough that each rank's share of a bucket is more than latency.
 _BUCKET_ELEMENTS, _SHARE_ELEMENTS = 40_000_000, 1_000_000
@@ -120,8 +120,8 @@ def _fill(group: list[tuple[str, ShardedParameter]], grad: Axis, zero: int, grad
     slots, size = [], 0
     for name, parameter in group:
         slots.append(Slot(name, parameter, size))
-        size += -(-parameter.spec.numel // _ALIGNMENT) * _ALIGNMENT
-    unit = _ALIGNMENT * grad.size
+        size += -(-parameter.spec.numel // ALIGNMENT) * ALIGNMENT
+    unit = ALIGNMENT * grad.size
     size = -(-size // unit) * unit
     first = group[0][1]
     weights = torch.zeros(size, dtype=first.dtype, device=first.device)

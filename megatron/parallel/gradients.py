@@ -38,9 +38,12 @@ class GradientReducer:
                     slot.parameter.register_post_accumulate_grad_hook(_to_sink)
 
     def clear(self) -> None:
-        """Set all gradients to zero: the beginning of a step."""
+        """Forget all gradients: the beginning of a step."""
         for bucket in self.buckets:
-            bucket.gradients.zero_()
+            for slot in bucket.slots:
+                sink = sink_of(slot.parameter)
+                assert sink is not None
+                sink.clear()
 
     def begin_last_backward(self) -> None:
         """From now on a reported gradient is final."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
+from megatron.kernels.products import linear, operand
 from megatron.parallel.collectives import (
     Done,
     all_gather,
@@ -26,7 +27,7 @@ from megatron.parallel.collectives import (
 )
 from megatron.parallel.layout import ShardSpec
 from megatron.parallel.mesh import Axis, ParallelContext
-from megatron.parallel.weight_gradient import embedding_weight_gradient, linear_weight_gradient
+from megatron.parallel.weight_gradient import embedding_weight_gradient, linear_weight_gradient, sink_of
 
 
 class ShardedParameter(nn.Parameter):
@@ -48,8 +49,8 @@ class _ColumnLinear(Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence: bool) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.tp, ctx.sequence = tp, sequence
-        return F.linear(all_gather(inputs, tp) if sequence else inputs, weight)
+        ctx.sink, ctx.tp, ctx.sequence = sink_of(weight), tp, sequence
+        return linear(all_gather(inputs, tp) if sequence else inputs, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -57,13 +58,13 @@ class _ColumnLinear(Function):
         # Only the share was kept: gather the inputs anew behind the product that gives their gradient, then
         # reduce that gradient behind the product that gives the weight's.
         gathered, gathering = start_all_gather(inputs, ctx.tp) if ctx.sequence else (inputs, Done())
-        grad_inputs = grad_output @ weight
+        grad_inputs, grad_output = _input_gradient(grad_output, weight)
         if ctx.sequence:
             grad_inputs, reducing = start_reduce_scatter(grad_inputs, ctx.tp)
         else:
             reducing = start_all_reduce(grad_inputs, ctx.tp)
         gathering.wait()
-        grad_weight = linear_weight_gradient(weight, grad_output, gathered)
+        grad_weight = linear_weight_gradient(ctx.sink, grad_output, gathered)
         reducing.wait()
         return grad_inputs, grad_weight, None, None
 
@@ -72,15 +73,16 @@ class _RowLinear(Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence: bool) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.tp, ctx.sequence = tp, sequence
-        return reduce_activations(F.linear(inputs, weight), tp, sequence)
+        ctx.sink, ctx.tp, ctx.sequence = sink_of(weight), tp, sequence
+        return reduce_activations(linear(inputs, weight), tp, sequence)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         if ctx.sequence:
             grad_output = all_gather(grad_output, ctx.tp)
-        return grad_output @ weight, linear_weight_gradient(weight, grad_output, inputs), None, None
+        grad_inputs, grad_output = _input_gradient(grad_output, weight)
+        return grad_inputs, linear_weight_gradient(ctx.sink, grad_output, inputs), None, None
 
 
 class _VocabularyEmbedding(Function):
@@ -94,7 +96,7 @@ class _VocabularyEmbedding(Function):
         if elsewhere is not None:
             output.masked_fill_(elsewhere.unsqueeze(-1), 0.0)
         ctx.save_for_backward(rows, elsewhere, weight)
-        ctx.tp, ctx.sequence = tp, sequence
+        ctx.sink, ctx.tp, ctx.sequence = sink_of(weight), tp, sequence
         return reduce_activations(output, tp, sequence)
 
     @staticmethod
@@ -104,7 +106,13 @@ class _VocabularyEmbedding(Function):
             grad_output = all_gather(grad_output, ctx.tp)
         if elsewhere is not None:
             grad_output = grad_output.masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return None, embedding_weight_gradient(weight, rows, grad_output), None, None
+        return None, embedding_weight_gradient(ctx.sink, weight, rows, grad_output), None, None
+
+
+def _input_gradient(grad_output: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(grad_output · weight in grad_output's dtype, grad_output as the next product takes it)."""
+    factor = operand(grad_output)
+    return (factor @ operand(weight)).to(grad_output.dtype), factor
 
 
 def column_linear(inputs: torch.Tensor, weight: torch.Tensor, context: ParallelContext) -> torch.Tensor:

@@ -11,33 +11,61 @@ from collections.abc import Callable
 
 import torch
 
+from megatron.kernels.products import operand
+
 _SINK = "gradient_sink"
 
 
 class GradientSink:
-    """A parameter's place in a gradient bucket: `buffer` has its shape, `report` is told after each addition."""
+    """A parameter's place in a gradient bucket: `buffer` has its shape, `report` is told after each addition.
+
+    After `clear` the first addition overwrites what the buffer holds, which saves a pass that would set it to zero.
+    """
 
     def __init__(self, buffer: torch.Tensor, report: Callable[[], None]) -> None:
         self.buffer = buffer
         self.report = report
+        self._empty = True
+
+    def clear(self) -> None:
+        """Forget the gradient: the beginning of a step."""
+        self._empty = True
 
     def add(self, gradient: torch.Tensor) -> None:
         """Add a gradient of the parameter's shape."""
-        self.buffer.add_(gradient)
+        if self._overwrites():
+            self.buffer.copy_(gradient)
+        else:
+            self.buffer.add_(gradient)
         self.report()
 
     def add_product(self, grad_output: torch.Tensor, inputs: torch.Tensor) -> None:
         """Add grad_outputᵀ [n, out] · inputs [n, in]."""
+        self.accumulate_product(grad_output, inputs)
+        self.report()
+
+    def accumulate_product(self, grad_output: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add a part of what `report` will be told of later."""
+        grad_output, inputs = operand(grad_output), operand(inputs)
+        overwrites = self._overwrites()
         if self.buffer.dtype == inputs.dtype:
-            self.buffer.addmm_(grad_output.t(), inputs)
+            beta = 0.0 if overwrites else 1.0
+            torch.addmm(self.buffer, grad_output.t(), inputs, beta=beta, out=self.buffer)
+        elif overwrites:
+            self.buffer.copy_(grad_output.t() @ inputs)
         else:
             self.buffer.add_(grad_output.t() @ inputs)
-        self.report()
 
     def add_rows(self, rows: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add gradient [n, h] to the rows with these indices [n]."""
+        if self._overwrites():
+            self.buffer.zero_()
         self.buffer.index_add_(0, rows, gradient.to(self.buffer.dtype))
         self.report()
+
+    def _overwrites(self) -> bool:
+        empty, self._empty = self._empty, False
+        return empty
 
 
 def attach_sink(parameter: torch.nn.Parameter, sink: GradientSink) -> None:
@@ -51,23 +79,21 @@ def sink_of(parameter: torch.Tensor) -> GradientSink | None:
 
 
 def linear_weight_gradient(
-    weight: torch.Tensor, grad_output: torch.Tensor, inputs: torch.Tensor
+    sink: GradientSink | None, grad_output: torch.Tensor, inputs: torch.Tensor
 ) -> torch.Tensor | None:
-    """Gradient of `weight` [out, in] from grad_output [..., out] and inputs [..., in]: to its sink, else returned."""
+    """Gradient of a weight [out, in] from grad_output [..., out] and inputs [..., in]: to its sink, else returned."""
     grad_output, inputs = grad_output.flatten(0, -2), inputs.flatten(0, -2)
-    sink = sink_of(weight)
     if sink is None:
-        return grad_output.t() @ inputs
+        return (operand(grad_output).t() @ operand(inputs)).to(inputs.dtype)
     sink.add_product(grad_output, inputs)
     return None
 
 
 def embedding_weight_gradient(
-    weight: torch.Tensor, rows: torch.Tensor, grad_output: torch.Tensor
+    sink: GradientSink | None, weight: torch.Tensor, rows: torch.Tensor, grad_output: torch.Tensor
 ) -> torch.Tensor | None:
     """Gradient of an embedding [v, h] from grad_output [..., h] at rows [...]: to its sink, else returned."""
     rows, grad_output = rows.flatten(), grad_output.flatten(0, -2)
-    sink = sink_of(weight)
     if sink is None:
         return torch.zeros_like(weight).index_add_(0, rows, grad_output)
     sink.add_rows(rows, grad_output)

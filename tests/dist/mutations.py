@@ -20,6 +20,7 @@ from megatron.parallel import gradients, layers
 from megatron.parallel.buckets import Bucket
 from megatron.parallel.collectives import Done
 from megatron.parallel.pipeline import engine
+from megatron.parallel.weight_gradient import GradientSink
 from megatron.train import step
 
 
@@ -44,7 +45,7 @@ def _count_every_copy(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _padding_has_probability(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda logits, valid, *rest: function(logits, logits.shape[-1], *rest)
+    return lambda logits, *rest: function(logits, *rest[:-1], logits.shape[-1])
 
 
 def _finish_without_waiting(reducer: gradients.GradientReducer) -> None:
@@ -93,10 +94,14 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "copies-counted-in-norm": lambda: patch.object(Bucket, "owned_pieces", _count_every_copy(Bucket.owned_pieces)),
     "loss-totals-not-reduced": lambda: patch.object(step, "all_reduce", lambda tensor, _: tensor),
     "gradients-not-divided-by-tokens": lambda: patch.object(step, "clip_divisor", _ignore_tokens),
-    "padding-in-the-softmax": lambda: patch.object(loss, "local_sums", _padding_has_probability(loss.local_sums)),
-    "padding-gets-gradient": lambda: patch.object(
-        loss, "logits_gradient", _padding_has_probability(loss.logits_gradient)
+    "padding-in-the-softmax": lambda: patch.object(
+        loss, "local_statistics", _padding_has_probability(loss.local_statistics)
     ),
+    "padding-gets-gradient": lambda: patch.object(
+        loss, "logits_gradient_", _padding_has_probability(loss.logits_gradient_)
+    ),
+    "head-gradient-not-reduced": lambda: patch.object(loss, "reduce_activations", _unsummed_rows),
+    "gradients-of-the-last-step-kept": lambda: patch.object(GradientSink, "clear", lambda _: None),
     # These need a communicator that punishes them: gloo is usually done before anybody looks.
     "column-backward-not-waited": lambda: patch.object(
         layers, "start_reduce_scatter", _unwaited(layers.start_reduce_scatter)

@@ -15,6 +15,7 @@ TENSOR = Case("tp2", tensor=2)
 SEQUENCE = Case("tp2-sequence", tensor=2, sequence=True)
 DATA = Case("dp2", data=2)
 ZERO = Case("dp2-zero", data=2, zero=1)
+UNCLIPPED = Case("dp2-unclipped", data=2, clip=0.0)  # clipping would make up for a wrong scale
 PIPELINE = Case("pp2", pipeline=2)
 TIED = Case("tied-pp2", pipeline=2, tied=True)
 KEY_VALUE_COPIES = Case("tp2-one-key-value-head", tensor=2, key_value_heads=1)
@@ -37,9 +38,12 @@ TWINS = [
     ("copies-counted-in-norm", TIED, False),
     ("copies-counted-in-norm", KEY_VALUE_COPIES, False),
     ("loss-totals-not-reduced", DATA, False),
-    ("gradients-not-divided-by-tokens", DATA, False),
+    ("gradients-not-divided-by-tokens", UNCLIPPED, False),
     ("padding-in-the-softmax", TENSOR, False),
     ("padding-gets-gradient", TENSOR, False),
+    ("head-gradient-not-reduced", TENSOR, False),
+    ("head-gradient-not-reduced", SEQUENCE, False),
+    ("gradients-of-the-last-step-kept", DATA, False),
     ("column-backward-not-waited", SEQUENCE, True),
     ("inputs-gathered-not-waited", SEQUENCE, True),
     ("data-gradients-not-waited", DATA, True),

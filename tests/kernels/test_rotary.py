@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.kernels.rotary import apply_rotary, rotary_tables
+from megatron.kernels.rotary import rotary_split, rotary_tables
 
 from .reference import DTYPES, assert_within
 
@@ -31,18 +31,20 @@ def test_tables_are_precise_at_every_position(dtype: torch.dtype, theta: float) 
     angles = exact_angles(theta)
     allowed = allowed_angle_error(angles, dtype)
     for table, exact in zip(rotary_tables(LENGTH, SIZE, theta, dtype, CPU), (angles.cos(), angles.sin()), strict=True):
-        assert table.shape == (LENGTH, 1, 1, SIZE) and table.dtype == WIDE[dtype]
-        for half in table[:, 0, 0].chunk(2, dim=-1):
+        assert table.shape == (LENGTH, SIZE) and table.dtype == WIDE[dtype]
+        for half in table.chunk(2, dim=-1):
             assert_within(half, exact, allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_are_turned_and_rounded_once(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    heads = torch.randn(LENGTH, 1, 2, SIZE, generator=generator, dtype=torch.float64).to(dtype)
-    found = apply_rotary(heads, *rotary_tables(LENGTH, SIZE, 1e4, dtype, CPU))
-    assert found.dtype == dtype and found.shape == heads.shape
-    angles = exact_angles(1e4)[:, None, None, :]
+    qkv = torch.randn(LENGTH, 1, 3 * SIZE, generator=generator, dtype=torch.float64).to(dtype)
+    query, key, value = rotary_split(qkv, *rotary_tables(LENGTH, SIZE, 1e4, dtype, CPU), 1, 1)
+    assert query.dtype == dtype and query.shape == key.shape == value.shape == (1, 1, LENGTH, SIZE)
+    assert torch.equal(value[0, 0], qkv[:, 0, 2 * SIZE :])
+    found, heads = torch.stack((query[0, 0], key[0, 0])), qkv[:, 0].unflatten(-1, (3, SIZE))[:, :2].transpose(0, 1)
+    angles = exact_angles(1e4)
     pairs = torch.complex(*heads.double().chunk(2, dim=-1))
     turned = pairs * torch.polar(torch.ones_like(angles), angles)
     of_angle = allowed_angle_error(angles, dtype) * pairs.abs()

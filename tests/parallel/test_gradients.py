@@ -43,7 +43,11 @@ def watch(model: Transformer, events: list[str]) -> None:
     """Record when the gradient of each module's output is known: what lies below has not begun then."""
 
     def announce(depth: int) -> object:
-        return lambda _, __, output: output.register_hook(lambda _: events.append(f"depth {depth}")) and None
+        def watch_output(_: object, __: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            last = output if isinstance(output, torch.Tensor) else output[-1]
+            last.register_hook(lambda _: events.append(f"depth {depth}"))
+
+        return watch_output
 
     for depth, module in enumerate([model.embedding, *model.blocks]):
         module.register_forward_hook(announce(depth))

@@ -1,4 +1,6 @@
 // RMSNorm (Zhang and Sennrich, 2019), with or without the residual add before it, and its gradient.
+//
+// Results must not overlap what is read: inputs are read through the read-only path, and rows twice.
 #include "common.cuh"
 
 namespace megatron {
@@ -99,27 +101,21 @@ __device__ __forceinline__ void add_products(Pack<float, N>& sums, const Pack<T,
   for (int i = 0; i < N; ++i) sums.values[i] += widen(grad.values[i]) * widen(hidden.values[i]) * scale;
 }
 
-// What the passes over a row of the backward pass share.
+// With y = x · rstd: dx = rstd · (g · w - y · mean(g · w · y)); `shared` is rstd² · mean(g · w · x). `grad_sum` is null
+// or has what is added at `at`.
 template <typename T, int N>
-struct Backward {
-  const T *grad_sum, *weight;
-  T* grad_hidden;
-
-  // With y = x · rstd: dx = rstd · (g · w - y · mean(g · w · y)); `shared` is rstd² · mean(g · w · x).
-  __device__ __forceinline__ void write(const Pack<T, N>& grad, const Pack<T, N>& hidden, int64_t row, int column,
-                                        float scale, float shared) const {
-    const Pack<T, N> weights = load<N>(weight + column);
-    Pack<T, N> direct, result;
-    if (grad_sum != nullptr) direct = load<N>(grad_sum + row + column);
+__device__ __forceinline__ Pack<T, N> grad_pack(const Pack<T, N>& grad, const Pack<T, N>& hidden,
+                                                const Pack<T, N>& weight, const T* grad_sum, int64_t at, float scale,
+                                                float shared) {
+  Pack<T, N> direct{}, result;
+  if (grad_sum != nullptr) direct = load<N>(grad_sum + at);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float through = widen(grad.values[i]) * widen(weights.values[i]) - widen(hidden.values[i]) * shared;
-      const float added = grad_sum != nullptr ? widen(direct.values[i]) : 0.0f;
-      result.values[i] = narrow<T>(scale * through + added);
-    }
-    store(grad_hidden + row + column, result);
+  for (int i = 0; i < N; ++i) {
+    const float through = widen(grad.values[i]) * widen(weight.values[i]) - widen(hidden.values[i]) * shared;
+    result.values[i] = narrow<T>(scale * through + widen(direct.values[i]));
   }
-};
+  return result;
+}
 
 // One block per part of the rows, so that each column of the weight's gradient is summed by one thread, in one order.
 // Columns that a thread has no registers for are summed in place, in grad_weight, which costs 8 bytes more of (mostly)
@@ -127,9 +123,10 @@ struct Backward {
 // 3,923 / 2,388 ns per million elements on A100 / H100), 12 and 16 in float32 (5,885 / 3,582 and 7,847 / 4,776).
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS)
-    rms_norm_backward_kernel(const T* __restrict__ grad_normed, const T* __restrict__ hidden,
-                             const float* __restrict__ rstd, float* __restrict__ grad_weight, Backward<T, N> backward,
-                             int64_t rows, int columns) {
+    rms_norm_backward_kernel(const T* __restrict__ grad_normed, const T* __restrict__ grad_sum,
+                             const T* __restrict__ hidden, const T* __restrict__ weight,
+                             const float* __restrict__ rstd, T* __restrict__ grad_hidden,
+                             float* __restrict__ grad_weight, int64_t rows, int columns) {
   const int packs = columns / N;
   const int64_t part = int64_t(blockIdx.x) * columns, end = part_begin(rows, gridDim.x, blockIdx.x + 1);
   Pack<float, N> sums[SUMMED<N>] = {};
@@ -143,23 +140,26 @@ __global__ void __launch_bounds__(THREADS)
       if (pack < packs) {
         grads[kept] = load<N>(grad_normed + row + pack * N);
         kept_packs[kept] = load<N>(hidden + row + pack * N);
-        product += dot(grads[kept], kept_packs[kept], load<N>(backward.weight + pack * N));
+        product += dot(grads[kept], kept_packs[kept], load<N>(weight + pack * N));
       }
     }
     MEGATRON_OTHER_PACKS(SUMMED<N>, packs, pack) {
       const int64_t at = row + pack * N;
-      product += dot(load<N>(grad_normed + at), load<N>(hidden + at), load<N>(backward.weight + pack * N));
+      product += dot(load<N>(grad_normed + at), load<N>(hidden + at), load<N>(weight + pack * N));
     }
     const float shared = block_sum(product) * scale * scale / columns;
     MEGATRON_KEPT_PACKS(kept, SUMMED<N>, pack) {
       if (pack < packs) {
-        backward.write(grads[kept], kept_packs[kept], row, pack * N, scale, shared);
+        const int64_t at = row + pack * N;
+        store(grad_hidden + at, grad_pack(grads[kept], kept_packs[kept], load<N>(weight + pack * N), grad_sum, at,
+                                          scale, shared));
         add_products(sums[kept], grads[kept], kept_packs[kept], scale);
       }
     }
     MEGATRON_OTHER_PACKS(SUMMED<N>, packs, pack) {
-      const Pack<T, N> grad = load<N>(grad_normed + row + pack * N), again = load<N>(hidden + row + pack * N);
-      backward.write(grad, again, row, pack * N, scale, shared);
+      const int64_t at = row + pack * N;
+      const Pack<T, N> grad = load<N>(grad_normed + at), again = load<N>(hidden + at);
+      store(grad_hidden + at, grad_pack(grad, again, load<N>(weight + pack * N), grad_sum, at, scale, shared));
       Pack<float, N> sum = load<N>(grad_weight + part + pack * N);
       add_products(sum, grad, again, scale);
       store(grad_weight + part + pack * N, sum);
@@ -197,12 +197,10 @@ template <typename T, int N>
 int backward_with(const void* grad_normed, const void* grad_sum, const void* hidden, const void* weight,
                   const void* rstd, void* grad_hidden, void* grad_weight, int64_t parts, int64_t rows, int64_t columns,
                   void* stream) {
-  const Backward<T, N> backward{static_cast<const T*>(grad_sum), static_cast<const T*>(weight),
-                                static_cast<T*>(grad_hidden)};
   return launch(rms_norm_backward_kernel<T, N>, parts, 1, threads_for(ceil_div(columns / N, SUMMED<N>), THREADS),
-                stream, static_cast<const T*>(grad_normed), static_cast<const T*>(hidden),
-                static_cast<const float*>(rstd), static_cast<float*>(grad_weight), backward, rows,
-                static_cast<int>(columns));
+                stream, static_cast<const T*>(grad_normed), static_cast<const T*>(grad_sum),
+                static_cast<const T*>(hidden), static_cast<const T*>(weight), static_cast<const float*>(rstd),
+                static_cast<T*>(grad_hidden), static_cast<float*>(grad_weight), rows, static_cast<int>(columns));
 }
 
 }  // namespace

@@ -69,6 +69,8 @@ def missing(flavour: Flavour = PLAIN) -> str:
         return "needs g++, which is not there"
     if flavour.preload and not Path(runtime(flavour)).is_absolute():
         return f"needs {flavour.preload} of g++, which is not there"
+    if flavour is THREAD and shutil.which("setarch") is None:
+        return "needs setarch, which is not there"
     return ""
 
 

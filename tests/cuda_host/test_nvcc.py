@@ -16,6 +16,8 @@ from tests.cuda_host.build import CSRC, KERNELS
 from tests.cuda_host.device import UNSUPPORTED, signatures
 from tests.cuda_host.numerics import FLOAT32, FLOAT64
 
+pytestmark = pytest.mark.timeout(900)  # half a minute, but of compiling, which a busy machine makes minutes
+
 ARCHITECTURES = ("80", "90")
 
 # Per thread. Spilled registers cost memory traffic, which is all that these kernels are made of; with more than 128

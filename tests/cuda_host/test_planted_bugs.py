@@ -45,6 +45,7 @@ def _skip_without_sanitizer() -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.timeout(900)  # a dozen seconds, but of compiling, which a busy machine makes minutes
 def test_sanitizers_find_nothing_in_the_kernels(tmp_path: Path) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer over the small cases of all kernels."""
     _skip_without_sanitizer()

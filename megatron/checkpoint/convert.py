@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,7 @@ from megatron.checkpoint.native import (
 from megatron.checkpoint.safetensors_file import BLOCK_BYTES, SafetensorsWriter
 from megatron.checkpoint.source import Source, open_source
 from megatron.checkpoint.store import check_space
-from megatron.model.config import ModelConfig
+from megatron.model.config import ModelConfig, spell_for_both
 from megatron.model.specs import canonical_shapes, rank_specs
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError, ConfigError
@@ -98,7 +99,7 @@ def convert(
             check_space(folder, total_bytes)
             copier = _Copier(source, dtypes, total_bytes, progress)
             write = _write_huggingface if to == "huggingface" else _write_native
-            write(folder, parts, copier, _spelled_dtype(source, dtypes, dtype))
+            write(folder, parts, copier, _stated_dtype(source, dtypes, dtype))
     return Conversion(
         source=source.folder,
         destination=destination,
@@ -195,20 +196,20 @@ def _check_content(source: Source, progress: Progress) -> None:
         progress(f"checking {name}", done, total)
 
 
-def _spelled_dtype(source: Source, dtypes: Mapping[str, torch.dtype], asked: torch.dtype | None) -> str | None:
-    """The dtype to write into `config.json`, None to leave it as it is.
+def _stated_dtype(source: Source, dtypes: Mapping[str, torch.dtype], asked: torch.dtype | None) -> str:
+    """The dtype to write into `config.json`: the one asked for, that of a run's weights, else what was stated.
 
     Training may have stored other than the model it began with was stored in, and loaders go by `config.json`.
     """
     found = set(dtypes.values())
     if asked is None and (source.state is None or len(found) > 1):
-        return None
-    name = str(asked or found.pop()).removeprefix("torch.")
-    spelled = {source.model_config[key] for key in ("torch_dtype", "dtype") if source.model_config.get(key)}
-    return name if asked or spelled != {name} else None
+        stated = source.model_config.get("dtype") or source.model_config.get("torch_dtype")
+        if stated is not None:
+            return str(stated)
+    return str(asked or reduce(torch.promote_types, found)).removeprefix("torch.")
 
 
-def _write_huggingface(folder: Path, parts: Sequence[Sequence[Region]], copier: _Copier, dtype: str | None) -> None:
+def _write_huggingface(folder: Path, parts: Sequence[Sequence[Region]], copier: _Copier, dtype: str) -> None:
     names = shard_names(len(parts))
     for name, regions in zip(names, parts, strict=True):
         copier.write_file(folder / name, regions)
@@ -219,7 +220,7 @@ def _write_huggingface(folder: Path, parts: Sequence[Sequence[Region]], copier: 
     write_carried(read_carried(copier.source.tokenizer_files), folder)
 
 
-def _write_native(folder: Path, parts: Sequence[Sequence[Region]], copier: _Copier, dtype: str | None) -> None:
+def _write_native(folder: Path, parts: Sequence[Sequence[Region]], copier: _Copier, dtype: str) -> None:
     files, pieces = {}, []
     for number, regions in enumerate(parts):
         name = weights_file(number)
@@ -236,10 +237,13 @@ def _write_native(folder: Path, parts: Sequence[Sequence[Region]], copier: _Copi
     write_manifest(folder, step=0, state=None, tensor_files=files, other_files=others, index=index)
 
 
-def _write_config(folder: Path, source: Source, dtype: str | None) -> None:
-    """Carry `config.json` over, byte for byte unless the dtype changed."""
-    text = (source.folder / MODEL_CONFIG).read_bytes() if dtype is None else config_text(source.model_config, dtype)
-    write_atomically(folder / MODEL_CONFIG, text)
+def _write_config(folder: Path, source: Source, dtype: str) -> None:
+    """Carry `config.json` over, byte for byte if it already says all that every reader looks for."""
+    config = spell_for_both(source.model_config, dtype)
+    as_it_is = config == source.model_config
+    write_atomically(
+        folder / MODEL_CONFIG, (source.folder / MODEL_CONFIG).read_bytes() if as_it_is else config_text(config)
+    )
 
 
 def _check_destination(destination: Path) -> None:

@@ -94,10 +94,9 @@ def shard_index_text(weight_map: Mapping[str, str], total_bytes: int) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def config_text(config: Mapping[str, Any], dtype: str | None = None) -> str:
-    """The content of `config.json`: all keys as they are, `dtype` (torch's name) in both spellings where given."""
-    spelled = {"torch_dtype": dtype, "dtype": dtype} if dtype else {}
-    return json.dumps({**config, **spelled}, indent=2, ensure_ascii=False) + "\n"
+def config_text(config: Mapping[str, Any]) -> str:
+    """The text of `config.json`."""
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def _index_file(folder: Path, file: str) -> dict[str, StoredTensor]:

@@ -92,7 +92,7 @@ class ModelConfig:
         """The content of a `config.json` that transformers 4 and 5 both read; `dtype` is torch's name, as
         `bfloat16`.
         """
-        return {
+        config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": self.vocab_size,
@@ -105,8 +105,6 @@ class ModelConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
             "tie_word_embeddings": self.tie_word_embeddings,
             "initializer_range": self.initializer_range,
             "hidden_act": "silu",
@@ -117,9 +115,8 @@ class ModelConfig:
             "eos_token_id": 2,
             "pretraining_tp": 1,
             "use_cache": True,
-            "torch_dtype": dtype,
-            "dtype": dtype,
         }
+        return spell_for_both(config, dtype)
 
     @property
     def num_parameters(self) -> int:
@@ -133,6 +130,22 @@ class ModelConfig:
         """The vocabulary as `tensor` ranks hold it: rounded up to equal shares that suit the matrix units."""
         unit = _VOCAB_SHARE_MULTIPLE * tensor
         return math.ceil(self.vocab_size / unit) * unit
+
+
+def spell_for_both(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The content of a `config.json` with the rotary base and the dtype as transformers 4 and 5 each spell them.
+
+    Every other key stays as it was. A reader that finds only the other's spelling takes its default instead, silently.
+    """
+    theta = _rope_theta(config)
+    return {
+        **config,
+        "rope_theta": theta,
+        "rope_scaling": None,
+        "rope_parameters": {**(config.get("rope_parameters") or {}), "rope_type": "default", "rope_theta": theta},
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:

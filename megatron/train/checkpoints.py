@@ -16,6 +16,7 @@ from megatron.checkpoint.store import save_checkpoint
 from megatron.checkpoint.weights import load_weights
 from megatron.config.dump import differences, dump_config, to_dict
 from megatron.config.run import RunConfig
+from megatron.model.config import spell_for_both
 from megatron.model.initialize import initialize
 from megatron.model.transformer import Transformer
 from megatron.optim.adamw import AdamW
@@ -129,7 +130,7 @@ class Checkpoints:
                     "data": self.context.data.size,
                 },
             },
-            model_config={**self.origin.huggingface, **_dtype_names(step.model)},
+            model_config=spell_for_both(self.origin.huggingface, _dtype_name(step.model)),
             run_config_yaml=dump_config(self.config),
             carried=self.carried,
         )
@@ -148,7 +149,5 @@ def _weight_regions(model: Transformer) -> Any:
         yield from parameter.spec.regions(parameter.detach(), copies=False)
 
 
-def _dtype_names(model: Transformer) -> dict[str, str]:
-    """The weights' dtype in the spellings of transformers 4 and 5."""
-    name = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return {"torch_dtype": name, "dtype": name}
+def _dtype_name(model: Transformer) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")

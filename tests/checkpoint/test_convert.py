@@ -22,7 +22,7 @@ from megatron.checkpoint import convert as convert_module
 from megatron.checkpoint.convert import convert
 from megatron.checkpoint.safetensors_file import SafetensorsWriter
 from megatron.checkpoint.source import open_source
-from megatron.model.config import ModelConfig
+from megatron.model.config import ModelConfig, spell_for_both
 from megatron.model.specs import canonical_shapes
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError, ConfigError
@@ -79,8 +79,50 @@ def test_the_round_trip_is_bit_exact_on_any_cut(model: Path, tmp_path: Path, ten
     back = convert(tmp_path / "native", tmp_path / "back")
     assert (back.format, back.tensors, back.files) == ("huggingface", 30, 1)
     assert same(read_all(tmp_path / "back"), read_all(model))
-    for name in ("config.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json", "LICENSE"):
+    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json", "LICENSE"):
         assert (tmp_path / "back" / name).read_bytes() == (model / name).read_bytes()
+
+
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
+SPELLED = {
+    "rope_theta": 5e5,
+    "rope_scaling": None,
+    "rope_parameters": ROPE,
+    "torch_dtype": "bfloat16",
+    "dtype": "bfloat16",
+}
+BARE = {key: value for key, value in CONFIG.items() if key != "torch_dtype"}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_parameters": ROPE, "dtype": "bfloat16"},
+        {"rope_parameters": ROPE},
+        {"rope_theta": 5e5, "torch_dtype": "bfloat16"},
+        {"rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16"},
+        {"rope_scaling": {"type": "default", "rope_theta": 5e5}, "torch_dtype": "bfloat16"},
+    ],
+    ids=["transformers 5", "no dtype", "transformers 4", "with null", "inside rope_scaling"],
+)
+def test_an_export_says_all_in_the_words_of_transformers_4_and_5(tmp_path: Path, spelling: dict) -> None:
+    """One that finds only the other's words takes a rotary base of 10,000 without a word."""
+    config = {**BARE, **spelling, "an_unknown_key": {"kept": [1]}}
+    model = write_model(tmp_path / "model", config, random_weights(config))
+    convert(model, tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "export")
+    convert(model, tmp_path / "direct", to="huggingface")
+    for folder in ("export", "direct"):
+        written = json.loads((tmp_path / folder / "config.json").read_text())
+        assert written == {**config, **SPELLED}
+
+
+def test_a_configuration_that_says_it_all_is_carried_byte_for_byte(tmp_path: Path) -> None:
+    config = {**BARE, **SPELLED}
+    model = write_model(tmp_path / "model", config, random_weights(config))
+    convert(model, tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
 def test_blocks_of_rows_make_no_difference(model: Path, tmp_path: Path, monkeypatch) -> None:
@@ -143,7 +185,7 @@ def test_casting(tmp_path: Path, name: str) -> None:
     convert(model, tmp_path / "cast", to="huggingface", dtype=dtype)
     spelled = str(dtype).removeprefix("torch.")
     written = json.loads((tmp_path / "cast" / "config.json").read_text())
-    assert written == {**config, "torch_dtype": spelled, "dtype": spelled}
+    assert written == spell_for_both(config, spelled)
     assert same(read_all(tmp_path / "cast"), {key: tensor.to(dtype) for key, tensor in weights.items()})
 
 
@@ -166,7 +208,7 @@ def test_a_training_checkpoint_becomes_a_model(tmp_path: Path) -> None:
     assert done.source == tmp_path / "save" / "step_0000009" and done.left_out == ("the optimizer state",)
     assert same(read_all(tmp_path / "export"), weights)
     written = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert written == {**CONFIG, "torch_dtype": "bfloat16", "dtype": "bfloat16"}  # what the files now are
+    assert written == spell_for_both(CONFIG, "bfloat16")  # what the files now are
     convert(tmp_path / "save", tmp_path / "weights", to="native")
     with open_source(tmp_path / "weights") as source:
         assert (source.step, source.state, source.has_optimizer) == (0, None, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.checkpoint.convert import convert
 from megatron.checkpoint.manager import whole_checkpoints
 from megatron.checkpoint.source import open_source
 from megatron.config.checkpoint import CheckpointConfig
@@ -90,3 +92,34 @@ def test_a_resumed_run_outlives_the_checkpoint_it_came_from(
     for _, folder in kept:
         assert (folder / "tokenizer.model").read_bytes() == b"pieces"
         assert (folder / "LICENSE").read_text() == "free"
+
+
+def test_a_checkpoint_says_its_configuration_in_the_words_of_transformers_4_and_5(
+    world: World, huggingface_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = huggingface_folder(model=replace(MODEL, rope_theta=5e5))
+    content = json.loads((source / "config.json").read_text())
+    for name in ("rope_theta", "rope_scaling", "torch_dtype"):  # what transformers 4 reads
+        content.pop(name, None)
+    content |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "dtype": "float32"}
+    (source / "config.json").write_text(json.dumps(content))
+    config = RunConfig(
+        model=ModelSettings(init_from=str(source)),
+        data=DataConfig(train="synthetic", sequence_length=8),
+        train=TrainConfig(steps=1, global_batch=1, precision="bf16"),
+        checkpoint=CheckpointConfig(save=str(tmp_path / "save")),
+    )
+    with build_trainer(config, world) as trainer:
+        trainer.fit()
+    convert(tmp_path / "save", tmp_path / "export")
+    for folder in (tmp_path / "save" / "step_0000001", tmp_path / "export"):
+        written = json.loads((folder / "config.json").read_text())
+        assert (written["rope_theta"], written["rope_scaling"], written["rope_parameters"]) == (
+            5e5,
+            None,
+            {"rope_type": "default", "rope_theta": 5e5},
+        )
+        assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+        assert {name: written[name] for name in content if name not in ("rope_parameters", "dtype")} == {
+            name: content[name] for name in content if name not in ("rope_parameters", "dtype")
+        }

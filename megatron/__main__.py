@@ -16,10 +16,11 @@ import errno
 import importlib
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import NoReturn
 
 import megatron
@@ -70,9 +71,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except MegatronError as error:
         if _is_speaker(error):
             _say(program, f"error: {error}")
+            _wait_for_the_late()
         else:
-            # The launcher ends all processes when the first has ended: let the one that speaks be the first.
-            time.sleep(_HEAD_START_S)
+            _wait_for_the_speaker()
         return USER_ERROR
     except KeyboardInterrupt:
         if _is_first_of_machine():
@@ -146,6 +147,42 @@ def _unknown_verb(word: str) -> str:
 def _is_first_of_machine() -> bool:
     try:
         return read_launch().local_rank == 0
+    except ConfigError:
+        return True  # the launcher's variables are what is wrong
+
+
+def _wait_for_the_speaker() -> None:
+    """Let the process that speaks be the first to end.
+
+    Once one has ended, torchrun ends the others with SIGTERM. They end with the code of the error all the same: in
+    torchrun's report they would else pass for processes that were killed.
+    """
+    signal.signal(signal.SIGTERM, _end_now)
+    try:
+        time.sleep(_HEAD_START_S)
+    finally:
+        _stay_through_sigterm()
+
+
+def _wait_for_the_late() -> None:
+    """Having spoken, leave the other processes of the launch the time to meet the same error."""
+    if not _is_alone():
+        _stay_through_sigterm()
+        time.sleep(_HEAD_START_S / 4)
+
+
+def _end_now(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(USER_ERROR)
+
+
+def _stay_through_sigterm() -> None:
+    """Let SIGTERM change nothing about the exit code any more. A handler would be gone before Python's own end is."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _is_alone() -> bool:
+    try:
+        return not read_launch().distributed
     except ConfigError:
         return True  # the launcher's variables are what is wrong
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -33,6 +34,14 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setitem(sys.modules, "megatron.commands.train", module)
 
     return install
+
+
+@pytest.fixture(autouse=True)
+def as_before_sigterm() -> Iterator[None]:
+    """What an end under torchrun makes of SIGTERM is for that process alone."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def fail_with(error: BaseException) -> Callable[[argparse.Namespace], int]:

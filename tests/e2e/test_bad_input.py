@@ -136,7 +136,15 @@ def test_under_torchrun_it_is_said_once(program: Program, llama: Material) -> No
     ended = program.torchrun([*_train(llama), "--train.stepz", "3"], 2)
     assert ended.returncode == 1
     assert ended.stderr.count("did you mean train.steps") == 1
-    assert "exitcode  : 2" in ended.stderr and "train.stepz" not in ended.stdout
+    assert "train.stepz" not in ended.stdout
+
+
+@pytest.mark.parametrize("words", [["--train.stepz", "3"], ["--data.train", "nothing"]], ids=["each", "agreed"])
+def test_every_process_ends_with_the_code_of_the_error(program: Program, llama: Material, words: list[str]) -> None:
+    """Also those that torchrun would end: its report has the exit code of each, and -15 for a process it killed."""
+    ended = program.torchrun([*_train(llama), *words], 2)
+    assert ended.stderr.count("error:") == 1, ended.stderr
+    assert re.findall(r"exitcode +: (\S+)", ended.stderr) == ["2"] * 2, ended.stderr
 
 
 def test_a_token_outside_the_vocabulary_stops_all_ranks_after_a_save(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -43,6 +44,7 @@ def serve() -> None:
             contextlib.redirect_stdout(output),
         ):
             code = run(order["words"])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # after an error the program leaves it ignored
         answers.write(json.dumps({"code": code}) + "\n")
         answers.flush()
 

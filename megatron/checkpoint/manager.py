@@ -27,26 +27,30 @@ from megatron.utils.logging import get_logger
 _logger = get_logger(__name__)
 
 
-def newest_checkpoint(save: Path) -> Path | None:
+def newest_checkpoint(save: Path, before: int | None = None) -> Path | None:
     """The whole checkpoint of the highest step in a save folder, or None.
 
     Every newer or unfinished folder that is passed over is named in a warning. Raises CheckpointError for a checkpoint
     of another version of this program: to continue from an older one instead would lose work silently.
+
+    `before` continues a search: only earlier steps are looked at and warned about.
     """
-    for folder in _leftovers(save):
+    for folder in _leftovers(save) if before is None else []:
         _logger.warning(
             "%s is %s and is ignored; it may be deleted",
             folder,
             "a checkpoint whose writing was interrupted" if folder.name.endswith(PARTIAL) else "half removed",
         )
     newest = None
-    for _, folder in reversed(_step_folders(save)):
+    for step, folder in reversed(_step_folders(save)):
+        if before is not None and step >= before:
+            continue
         problem = find_problem(folder)
         if problem is None:
             newest = folder
             break
-        _logger.warning("%s is ignored, since it is not a whole checkpoint: %s", folder, problem)
-    pointer = read_pointer(save)
+        warn_ignored(folder, problem)
+    pointer = read_pointer(save) if before is None else None
     if pointer is not None and not (save / pointer).is_dir():
         _logger.warning(
             "%s names %s, which is not there; %s",
@@ -55,6 +59,11 @@ def newest_checkpoint(save: Path) -> Path | None:
             f"continuing from {newest.name}" if newest else "there is no other checkpoint",
         )
     return newest
+
+
+def warn_ignored(folder: Path, problem: str) -> None:
+    """Say why a checkpoint is passed over."""
+    _logger.warning("%s is ignored, since it is not a whole checkpoint: %s", folder, problem)
 
 
 def whole_checkpoints(save: Path) -> list[tuple[int, Path]]:
@@ -86,8 +95,11 @@ def read_pointer(save: Path) -> str | None:
         return None
 
 
-def apply_retention(save: Path, keep_last: int | None) -> None:
+def apply_retention(save: Path, keep_last: int | None, *, up_to: int | None = None) -> None:
     """Remove all but the newest `keep_last` whole checkpoints (None: remove none), and what a crash left half removed.
+
+    Those after step `up_to` are neither counted nor removed: a run that saves step 6 while there is a step 10 has
+    passed that over as damaged, and must not give up sound ones for it.
 
     Call it from one rank. Folders that are not whole checkpoints of ours stay. Each is renamed before it is removed, so
     that a crash leaves nothing that looks like a checkpoint. Whatever goes wrong with a folder is only warned about: it
@@ -97,7 +109,8 @@ def apply_retention(save: Path, keep_last: int | None) -> None:
         return
     assert keep_last >= 1, keep_last
     try:
-        whole = [folder for _, folder in _step_folders(save) if _may_be_removed(folder)]
+        folders = [folder for step, folder in _step_folders(save) if up_to is None or step <= up_to]
+        whole = [folder for folder in folders if _may_be_removed(folder)]
         for folder in whole[:-keep_last]:
             remove_checkpoint(folder)
         for folder in _leftovers(save):

@@ -75,6 +75,11 @@ class Source:
         """Canonical name -> shape of everything stored of a kind ("weights", "master", "exp_avg", "exp_avg_sq")."""
         return {name: stored.shape for name, stored in self.index.get(kind, {}).items()}
 
+    def files(self, *kinds: str) -> set[str]:
+        """The files that hold tensors of these kinds."""
+        tensors = (stored for kind in kinds for stored in self.index.get(kind, {}).values())
+        return {piece.file for stored in tensors for piece in stored.pieces}
+
     def dtype(self, name: str, kind: str = "weights") -> torch.dtype:
         """The dtype in which a tensor is stored."""
         return self._stored(name, kind).pieces[0].dtype

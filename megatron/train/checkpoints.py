@@ -137,7 +137,7 @@ class Checkpoints:
         self._last_saved = progress.step
         _logger.info("saved %s", folder)
         if self.world.launch.rank == 0:
-            apply_retention(self.folder, self.config.checkpoint.keep_last)
+            apply_retention(self.folder, self.config.checkpoint.keep_last, up_to=progress.step)
 
     def _sharded(self, step: TrainingStep) -> bool:
         return any(bucket.owned_weights.numel() < bucket.weights.numel() for bucket in step.buckets)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.check import check_weights
-from megatron.checkpoint.manager import newest_checkpoint
+from megatron.checkpoint.manager import newest_checkpoint, warn_ignored
+from megatron.checkpoint.native import step_of
 from megatron.checkpoint.source import Source, open_source
 from megatron.config.model import ModelSettings
 from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
 from megatron.model.specs import canonical_shapes
 from megatron.parallel.world import World
+from megatron.train.verify import describe_damage, find_damage, refuse_damage
 from megatron.utils.errors import CheckpointError, ConfigError
 
 
@@ -42,26 +45,39 @@ def find_origin(config: RunConfig, world: World) -> Origin:
 
     In this order: the newest whole checkpoint in `checkpoint.save`; `checkpoint.load`; `model.init_from`; random
     weights. Raises ConfigError or CheckpointError where a folder is not what it should be or contradicts `model.*`.
+    Checkpoints are read through once before: a damaged one in `checkpoint.save` is not whole, elsewhere it is an error.
     """
     newest = _newest(config, world)
     if newest is not None:
         return world.agree(lambda: _from_source(newest, config.model, resume=True))
-    if config.checkpoint.load is not None:
-        load = config.checkpoint.load
-        return world.agree(lambda: _from_source(load, config.model, resume=True))
-    if config.model.init_from is not None:
-        init_from = config.model.init_from
-        return world.agree(lambda: _from_source(init_from, config.model, resume=False))
-    return world.agree(lambda: _from_settings(config.model))
+    path = config.checkpoint.load or config.model.init_from
+    if path is None:
+        return world.agree(lambda: _from_settings(config.model))
+    origin = world.agree(lambda: _from_source(path, config.model, resume=config.checkpoint.load is not None))
+    source = origin.source
+    if source is not None and source.manifest is not None:  # a Hugging Face folder has no checksums
+        unread = () if origin.resume else source.files("exp_avg", "exp_avg_sq")
+        refuse_damage(source.folder, world, unread)
+    return origin
 
 
 def _newest(config: RunConfig, world: World) -> str | None:
     """The folder to resume from. Rank 0 alone looks, so that all ranks take the same one."""
     if config.checkpoint.save is None:
         return None
-    save = Path(config.checkpoint.save)
-    found = world.agree(lambda: newest_checkpoint(save) if world.launch.rank == 0 else None)
-    return world.exchange("" if found is None else str(found))[0] or None
+    save, before = Path(config.checkpoint.save), None
+    while True:
+        search = partial(newest_checkpoint, save, before)
+        found = world.agree(search) if world.launch.rank == 0 else world.agree(lambda: None)
+        newest = world.exchange("" if found is None else str(found))[0]
+        if not newest:
+            return None
+        damaged = find_damage(Path(newest), world)
+        if not damaged:
+            return newest
+        if world.launch.rank == 0:
+            warn_ignored(Path(newest), describe_damage(damaged))
+        before = step_of(Path(newest).name)
 
 
 def _from_source(path: str, settings: ModelSettings, *, resume: bool) -> Origin:

@@ -97,6 +97,20 @@ def test_retention_keeps_the_newest(saved: Path, keep_last: int | None, left: li
     assert sorted(path.name for path in saved.iterdir()) == ["latest", "notes"] + [f"step_000000{n}" for n in left]
 
 
+def test_retention_neither_counts_nor_removes_what_comes_after_the_step_just_saved(saved: Path) -> None:
+    """It was passed over as damaged, which retention, looking at sizes only, would not see."""
+    manager.apply_retention(saved, 1, up_to=2)
+    assert [step for step, _ in manager.whole_checkpoints(saved)] == [2, 3]
+
+
+def test_a_search_can_be_continued_before_a_step(saved: Path, caplog) -> None:
+    (saved / "step_0000002" / "checkpoint.json").unlink()
+    (saved / "step_0000004.partial").mkdir()
+    assert manager.newest_checkpoint(saved, before=3) == saved / "step_0000001"
+    assert ["step_0000002 is ignored" in record.getMessage() for record in caplog.records] == [True]
+    assert manager.newest_checkpoint(saved, before=1) is None
+
+
 def test_retention_counts_only_whole_ones_and_leaves_the_others(saved: Path) -> None:
     (saved / "step_0000003" / "config.json").unlink()
     manager.apply_retention(saved, 1)

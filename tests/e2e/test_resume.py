@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron.utils.files import sha256_file
+
 from .material import Material, read_metrics, series, words
 from .program import Program, Result, Run, torchrun_command
 
@@ -190,6 +192,49 @@ def test_incomplete_folders_are_named_and_passed_over(fresh: MakeJob, finished: 
     assert job.newest() == STEPS
 
 
+def change_a_byte(path: Path) -> None:
+    """Damage that no size tells."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("ending", ["weights-00001", "optimizer-exp_avg_sq-00000"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_it_taken(
+    fresh: MakeJob, finished: MakeJob, ending: str
+) -> None:
+    """The ranks share the reading: whichever of them meets the damage, all pass the checkpoint over."""
+    undisturbed, job = finished(2, STAGES), fresh(2, STAGES)
+    shutil.copytree(undisturbed.save, job.save)
+    shutil.copytree(undisturbed.log, job.log)
+    for step in (STEPS, 15):
+        change_a_byte(job.save / f"step_{step:07d}" / f"{ending}.safetensors")
+    again = job.run(checkpoint__keep_last=1)
+    assert f"all state of {job.save}/step_0000010" in again.errors
+    warnings = [line for line in again.errors.splitlines() if "is ignored" in line]
+    assert len(warnings) == 2
+    for line, step in zip(warnings, (STEPS, 15), strict=True):
+        assert f"step_{step:07d} is ignored" in line and f"{ending}.safetensors" in line
+    assert job.figures() == undisturbed.figures()
+    assert [path.name for path in job.save.glob("step_*")] == [f"step_{STEPS:07d}"], "made anew, in its place"
+
+
+@pytest.mark.parametrize("key", ["checkpoint.load", "model.init_from"])
+def test_a_damaged_start_is_an_error_that_names_the_file(fresh: MakeJob, finished: MakeJob, key: str) -> None:
+    job = fresh(2, STAGES)
+    start = job.folder / f"step_{INTERVAL:07d}"
+    shutil.copytree(finished(2, STAGES).save / start.name, start)
+    change_a_byte(start / "optimizer-exp_avg-00001.safetensors")
+    damaged = ["optimizer-exp_avg-00001.safetensors"]
+    if key == "model.init_from":  # which does not read the moments
+        job.run(checkpoint__save=job.folder / "elsewhere", train__steps=3, **{key.replace(".", "__"): start})
+        change_a_byte(start / "weights-00000.safetensors")
+        damaged = ["weights-00000.safetensors"]
+    refused = job.run(expect=2, **{key.replace(".", "__"): start})
+    assert refused.errors.count("error:") == 1
+    assert f"{start} is damaged: the content of {', '.join(damaged)} is not" in refused.errors
+
+
 def test_a_finished_run_has_nothing_to_do(fresh: MakeJob, finished: MakeJob) -> None:
     undisturbed, job = finished(2, STAGES), fresh(2, STAGES)
     shutil.copytree(undisturbed.save, job.save)
@@ -249,6 +294,7 @@ def test_each_part_of_the_optimizer_matters(fresh: MakeJob, finished: MakeJob, l
         start = 8 + int.from_bytes(content[:8], "little")
         content[start:] = bytes(len(content) - start)
         path.write_bytes(content)
+    make_whole(damaged)
     run = job.start(checkpoint__load=damaged)
     run.wait_for(lambda: job.steps_logged() >= 4)
     (job.log / "STOP").touch()
@@ -284,6 +330,16 @@ def forget_masters(step_folder: Path) -> None:
         values = np.frombuffer(content, dtype="<u4", offset=start)
         values &= np.uint32(0xFFFF0000)
         path.write_bytes(content)
+    make_whole(step_folder)
+
+
+def make_whole(step_folder: Path) -> None:
+    """Have the checksums be those of the files as they are."""
+    path = step_folder / "checkpoint.json"
+    manifest = json.loads(path.read_text())
+    for name, entry in manifest["files"].items():
+        entry["sha256"] = sha256_file(step_folder / name)
+    path.write_text(json.dumps(manifest))
 
 
 def test_changes_are_listed_and_apply(fresh: MakeJob, finished: MakeJob) -> None:

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from megatron.checkpoint.huggingface import (
+    MODEL_CONFIG,
     SHARD_INDEX,
     SINGLE,
     index_huggingface,
@@ -168,6 +169,14 @@ def open_source(path: str | Path) -> Source:
         f"{folder} is neither a model nor a checkpoint: looked for {MANIFEST} (a checkpoint), step_… folders (a save "
         f"folder), {SINGLE} and {SHARD_INDEX} (a Hugging Face model)."
     )
+
+
+def what_makes_it_a_model(folder: Path) -> str | None:
+    """The file by which a folder is a model itself and no place for checkpoints; None where there is none."""
+    if (folder / MANIFEST).is_file():
+        return MANIFEST
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    return weights[0] if weights and (folder / MODEL_CONFIG).is_file() else None
 
 
 def _read_run_config(path: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.native import read_carried
+from megatron.checkpoint.source import what_makes_it_a_model
 from megatron.config.data import SYNTHETIC
 from megatron.config.dump import dump_config, to_dict
 from megatron.config.run import RunConfig
@@ -35,6 +36,7 @@ from megatron.train.state import Progress
 from megatron.train.step import TrainingStep
 from megatron.train.trainer import Trainer
 from megatron.utils.device import peak_flops_per_s, seed_everything
+from megatron.utils.errors import ConfigError
 from megatron.utils.files import ensure_writable_folder, write_atomically
 from megatron.utils.logging import get_logger
 from megatron.utils.units import format_bytes, format_count
@@ -164,7 +166,14 @@ def _prepare_folders(config: RunConfig, world: World) -> None:
     if world.launch.rank != 0:
         return
     if config.checkpoint.save is not None:
-        ensure_writable_folder(Path(config.checkpoint.save), "checkpoint.save")
+        save = Path(config.checkpoint.save)
+        evidence = what_makes_it_a_model(save)
+        if evidence is not None:
+            raise ConfigError(
+                f"checkpoint.save={save} is the folder of a model (it holds {evidence}): checkpoints beside its files "
+                "would not be found again. Name another folder, and this one as model.init_from to start from it."
+            )
+        ensure_writable_folder(save, "checkpoint.save")
     if config.log.dir is not None:
         ensure_writable_folder(Path(config.log.dir), "log.dir")
 

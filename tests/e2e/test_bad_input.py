@@ -80,6 +80,10 @@ def _unwritable_folder(material: Material, folder: Path) -> tuple[list[str], str
     return ["--checkpoint.save", str(folder / "file" / "checkpoints")], "checkpoint.save: cannot write"
 
 
+def _saves_into_a_model(material: Material, folder: Path) -> tuple[list[str], str]:
+    return ["--checkpoint.save", str(material.model)], "checkpoint.save=.* is the folder of a model.*model.init_from"
+
+
 def _no_model_there(material: Material, folder: Path) -> tuple[list[str], str]:
     return ["--model.init_from", str(folder)], "neither a model nor a checkpoint"
 
@@ -105,6 +109,7 @@ BREAKS = [
     _small_vocabulary,
     _wrong_tokenizer,
     _unwritable_folder,
+    _saves_into_a_model,
     _no_model_there,
     _contradicting_model,
     _not_a_checkpoint,

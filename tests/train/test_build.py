@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron.checkpoint.convert import Format, convert
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
+from megatron.config.model import ModelSettings
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
 from megatron.config.train import TrainConfig
 from megatron.parallel.mesh import Grid
-from megatron.train.build import Plan, make_plan
+from megatron.parallel.world import World
+from megatron.train.build import Plan, build_trainer, make_plan
 from megatron.train.origin import Origin
 from megatron.utils.errors import ConfigError
 
 from .conftest import MODEL
 
 LONGEST = MODEL.max_position_embeddings
+
+
+@pytest.mark.parametrize("to", ["native", "huggingface"])
+def test_a_model_is_no_folder_for_checkpoints(
+    world: World, huggingface_folder: Callable[..., Path], tmp_path: Path, to: Format
+) -> None:
+    """Saved there, they would hide behind the model, which is what every reader finds first."""
+    convert(huggingface_folder(), tmp_path / "model", to=to)
+    before = sorted(tmp_path.rglob("*"))
+    config = RunConfig(
+        model=ModelSettings(init_from=str(tmp_path / "model")),
+        data=DataConfig(train="synthetic", sequence_length=8),
+        checkpoint=CheckpointConfig(save=str(tmp_path / "model")),
+    )
+    with pytest.raises(ConfigError, match=r"is the folder of a model .*model\.init_from"), build_trainer(config, world):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def plan(world_size: int, **sections: dict[str, Any]) -> Plan:

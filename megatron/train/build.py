@@ -31,7 +31,7 @@ from megatron.train.hooks import Report, Save
 from megatron.train.metrics import Metrics, Speed
 from megatron.train.origin import Origin, find_origin
 from megatron.train.signals import STOP_FILE, StopWish
-from megatron.train.sinks import Sink, open_sinks
+from megatron.train.sinks import CONFIG_FILE, Sink, open_sinks, set_aside
 from megatron.train.state import Progress
 from megatron.train.step import TrainingStep
 from megatron.train.trainer import Trainer
@@ -181,7 +181,10 @@ def _prepare_folders(config: RunConfig, world: World) -> None:
 def _open_sinks(config: RunConfig, progress: Progress) -> list[Sink]:
     """The sinks, and the configuration beside them: only now, since a run that was refused must not leave its own."""
     if config.log.dir is not None:
-        write_atomically(Path(config.log.dir) / "config.yaml", dump_config(config))
+        folder = Path(config.log.dir)
+        if progress.step == 0:
+            set_aside(folder)
+        write_atomically(folder / CONFIG_FILE, dump_config(config))
     return open_sinks(config.log, progress.step, to_dict(config))
 
 

@@ -5,6 +5,7 @@ Only one rank has sinks. Figures come as plain numbers.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from megatron.utils.logging import get_logger
 _logger = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
 
 
 class Sink(Protocol):
@@ -100,6 +102,20 @@ def open_sinks(config: LogConfig, restored_step: int, configuration: Mapping[str
     if config.wandb_project is not None:
         sinks.append(WeightsAndBiases(config.wandb_project, folder, configuration))
     return sinks
+
+
+def set_aside(folder: Path) -> None:
+    """Keep what an earlier run wrote into a folder in which another one begins: `metrics.jsonl` becomes
+    `metrics-1.jsonl`, or the first number that is free, and `config.yaml` likewise."""
+    metrics, config = folder / METRICS_FILE, folder / CONFIG_FILE
+    if not metrics.exists() or metrics.stat().st_size == 0:
+        return
+    numbered = ([path.with_stem(f"{path.stem}-{n}") for path in (metrics, config)] for n in itertools.count(1))
+    free = next(names for names in numbered if not any(name.exists() for name in names))
+    metrics.rename(free[0])
+    if config.exists():
+        config.rename(free[1])
+    _logger.info("%s is of another run and is now %s", metrics, free[0].name)
 
 
 def _drop_later(path: Path, restored_step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from megatron.checkpoint.convert import Format, convert
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
+from megatron.config.log import LogConfig
 from megatron.config.model import ModelSettings
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
@@ -42,6 +44,27 @@ def test_a_model_is_no_folder_for_checkpoints(
     with pytest.raises(ConfigError, match=r"is the folder of a model .*model\.init_from"), build_trainer(config, world):
         pass
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_run_in_the_same_folder_erases_nothing(world: World, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24}
+    config = RunConfig(
+        model=ModelSettings(**sizes, num_hidden_layers=1, num_attention_heads=2),
+        data=DataConfig(train="synthetic", sequence_length=8),
+        train=TrainConfig(steps=2, global_batch=1, precision="fp32"),
+        log=LogConfig(dir=str(tmp_path), interval=1),
+        checkpoint=CheckpointConfig(save=str(tmp_path / "save")),
+    )
+    for _ in range(2):  # once anew, once resumed: nothing is to be done
+        with build_trainer(config, world) as trainer:
+            trainer.fit()
+        assert sorted(path.name for path in tmp_path.glob("*.*")) == ["config.yaml", "metrics.jsonl"]
+    first = (tmp_path / "metrics.jsonl").read_text()
+    assert first.count("\n") == 2
+    with build_trainer(replace(config, checkpoint=CheckpointConfig()), world) as trainer:
+        trainer.fit()
+    assert (tmp_path / "metrics-1.jsonl").read_text() == first
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def plan(world_size: int, **sections: dict[str, Any]) -> Plan:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config.log import LogConfig
-from megatron.train.sinks import METRICS_FILE, JsonLines, open_sinks
+from megatron.train.sinks import METRICS_FILE, JsonLines, open_sinks, set_aside
 from megatron.utils.errors import ConfigError
 
 
@@ -50,11 +50,26 @@ def test_resume_drops_later_lines_and_appends(tmp_path: Path) -> None:
     ]
 
 
-def test_a_start_from_the_beginning_drops_all_lines(tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
-    write(path, 0, range(1, 4))
-    write(path, 0, range(1, 2), loss=3.0)
-    assert [line["loss"] for line in read(path)] == [3.0]
+def test_what_another_run_wrote_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / METRICS_FILE
+    for loss in (1.0, 2.0, 3.0):
+        with caplog.at_level("INFO", "megatron"):
+            set_aside(tmp_path)
+        write(path, 0, range(1, 4), loss)
+        (tmp_path / "config.yaml").write_text(f"{loss}")
+    found = {file.name: read(file)[0]["loss"] for file in tmp_path.glob("*.jsonl")}
+    assert found == {"metrics-1.jsonl": 1.0, "metrics-2.jsonl": 2.0, "metrics.jsonl": 3.0}
+    configs = {file.name: float(file.read_text()) for file in tmp_path.glob("*.yaml")}
+    assert configs == {"config-1.yaml": 1.0, "config-2.yaml": 2.0, "config.yaml": 3.0}
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{path} is of another run and is now metrics-{number}.jsonl" for number in (1, 2)]
+
+
+def test_an_empty_file_is_not_worth_keeping(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).touch()
+    (tmp_path / "config.yaml").touch()
+    set_aside(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", METRICS_FILE]
 
 
 @pytest.mark.parametrize("broken", ['{"step": 3, "lo', '{"step": 3, "loss": 1.0}', "[]", '{"loss": 1.0}', "\x00\x00"])

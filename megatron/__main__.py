@@ -114,9 +114,11 @@ def _run_verb(verb: str, words: list[str]) -> int:
         parser.epilog = "Any key of the configuration can be given as --section.key VALUE: see docs/configuration.md."
         overrides, words = split_overrides(words)
     command.add_arguments(parser)
-    arguments = parser.parse_args(words)
+    arguments, unrecognized = parser.parse_known_args(words)
     if takes_overrides:
-        arguments.overrides = overrides
+        arguments.overrides, arguments.unrecognized = overrides, unrecognized
+    elif unrecognized:
+        parser.error(f"unrecognized arguments: {' '.join(unrecognized)}")
     return int(command.run(arguments))
 
 

@@ -84,12 +84,26 @@ def test_elsewhere_they_are_unknown_arguments(verb: Callable[..., None], capsys:
 
 
 @pytest.mark.parametrize("words", [["--conf", "x"], ["--config"], ["stray"]])
-def test_options_are_never_guessed(
-    verb: Callable[..., None], capsys: pytest.CaptureFixture[str], words: list[str]
-) -> None:
-    verb(fail_with(AssertionError("must not run")), takes_overrides=True)
-    assert main(["train", *words]) == 2
-    assert capsys.readouterr().err.startswith("megatron train: error: ")
+def test_options_are_never_guessed(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert main(["train", *words, "--data.train=synthetic"]) == 2
+    expected = "argument --config: expected one" if words == ["--config"] else f"unrecognized arguments: {words[0]}"
+    assert capsys.readouterr().err.startswith(f"megatron train: error: {expected}")
+
+
+def test_an_unrecognized_option_hides_no_problem_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--tensor", "2", "--train.stepz", "3", "--parallel.pipeline", "7"]) == 2
+    said = capsys.readouterr().err
+    for problem in (
+        "the configuration has 4 problems",
+        "unrecognized arguments: --tensor 2; see megatron train --help",
+        "did you mean train.steps",
+        "1 processes cannot be divided by parallel.tensor=1 x parallel.pipeline=7",
+        "data.train is not set",
+    ):
+        assert problem in said
+    assert main(["train", "--tensor", "2", "--config", "nowhere.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --tensor 2" in said and "no configuration file nowhere.yaml" in said
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from megatron.config.load import load_config
+    from megatron.utils.environment import read_launch
 
-    config = load_config(arguments.config, arguments.overrides)
+    unrecognized = " ".join(arguments.unrecognized)
+    config = load_config(
+        arguments.config,
+        arguments.overrides,
+        world_size=read_launch().world_size,
+        problems=[f"unrecognized arguments: {unrecognized}; see megatron train --help"] if unrecognized else [],
+    )
 
     from megatron.parallel.world import start_world
     from megatron.train.build import build_trainer

@@ -16,7 +16,7 @@ from megatron.config import yaml_text
 from megatron.config.presets import find_preset, preset_names
 from megatron.config.run import RunConfig
 from megatron.config.schema import all_keys, explain_unknown, nearest_name, sections
-from megatron.config.validate import Problem, report, static_problems
+from megatron.config.validate import Problem, grid_problems, report, static_problems
 from megatron.config.values import ValueProblem, convert, show, takes_text
 from megatron.utils.errors import ConfigError
 
@@ -39,18 +39,24 @@ class _Draft:
             self.values[dotted], self.origins[dotted] = value, origin
 
 
-def load_config(config: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    config: str | None, overrides: Sequence[str] = (), *, world_size: int | None = None, problems: Sequence[str] = ()
+) -> RunConfig:
     """The configuration in a YAML file or preset (None: the defaults) with `--section.key value` overrides applied.
 
     `config` is a path, or the name of a preset. `overrides` are command-line words: `--section.key value` or
-    `--section.key=value`, values in YAML. Raises one ConfigError that lists every problem.
+    `--section.key=value`, values in YAML. With a `world_size` it must fit a training run of as many processes.
+    Raises one ConfigError that lists every problem, those that the caller has found already (`problems`) first.
     """
-    draft = _Draft()
+    draft = _Draft(problems=list(problems))
     if config is not None:
-        _read_with_base(draft, config)
+        try:
+            _read_with_base(draft, config)
+        except ConfigError as error:
+            report(Problem((), text) for text in (*draft.problems, str(error)))
     for dotted, text in _split_overrides(draft, overrides):
         _apply_override(draft, dotted, text)
-    return _finish(draft)
+    return _finish(draft, world_size)
 
 
 def config_from_dict(values: Mapping[str, Any], origin: str) -> RunConfig:
@@ -60,7 +66,7 @@ def config_from_dict(values: Mapping[str, Any], origin: str) -> RunConfig:
     return _finish(draft)
 
 
-def _finish(draft: _Draft) -> RunConfig:
+def _finish(draft: _Draft, world_size: int | None = None) -> RunConfig:
     """Convert, build and check; what concerns a key that is already in error is left out of the cross-checks."""
     converted: dict[str, Any] = {}
     for dotted, value in draft.values.items():
@@ -76,7 +82,8 @@ def _finish(draft: _Draft) -> RunConfig:
         for section, owner in sections().items()
     }
     config = RunConfig(**built)
-    later = [problem for problem in static_problems(config) if not broken.intersection(problem.keys)]
+    found = [*static_problems(config), *([] if world_size is None else grid_problems(config, world_size))]
+    later = [problem for problem in found if not broken.intersection(problem.keys)]
     report([*(Problem((), text) for text in draft.problems), *later])
     return config
 

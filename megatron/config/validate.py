@@ -34,7 +34,7 @@ def validate_grid(config: RunConfig, world_size: int, model: Mapping[str, Any] |
     `model` holds the fields of the resolved model (Hugging Face's names), where it is known; else the fields that the
     configuration states are used.
     """
-    report([*static_problems(config, model), *_grid_problems(config, world_size)])
+    report([*static_problems(config, model), *grid_problems(config, world_size)])
 
 
 def report(problems: Iterable[Problem]) -> None:
@@ -205,7 +205,8 @@ def _sequence_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[
         )
 
 
-def _grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Every broken rule of a training run of `world_size` processes that needs no more of the model."""
     parallel, train = config.parallel, config.train
     if config.data.train is None:
         yield Problem(

@@ -108,7 +108,15 @@ def _convert_source(value: Any) -> str | tuple[tuple[float, str], ...]:
         return _convert_str(value)
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueProblem("must be a prefix or a list of [weight, prefix] pairs")
-    return tuple(_convert_pair(pair) for pair in value)
+    pairs, problems = [], []
+    for pair in value:
+        try:
+            pairs.append(_convert_pair(pair))
+        except ValueProblem as problem:
+            problems.append(str(problem))
+    if problems:
+        raise ValueProblem("; it ".join(dict.fromkeys(problems)))
+    return tuple(pairs)
 
 
 def _convert_pair(pair: Any) -> tuple[float, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from megatron.config.data import SYNTHETIC, DataConfig, Source
 from megatron.data.blend import MegatronBlend, StableBlend, greedy_choices, member_samples, normalised
 from megatron.data.dataset import Dataset
-from megatron.data.indexed import require_pair
+from megatron.data.indexed import IndexedReader, require_pair
 from megatron.data.pretraining import MegatronOrderDataset, StableOrderDataset
 from megatron.data.provenance import provenance_path, read_provenance
 from megatron.data.synthetic import SyntheticDataset
@@ -18,6 +19,8 @@ from megatron.utils.errors import ConfigError, DataError
 from megatron.utils.logging import get_logger
 
 _LOGGER = get_logger(__name__)
+
+T = TypeVar("T")
 
 
 def build_train_dataset(config: DataConfig, *, sequence_length: int, samples: int, vocab_size: int) -> Dataset:
@@ -79,30 +82,55 @@ def check_tokenizer(prefixes: Iterable[str], tokenizer: Path | None, vocab_size:
 
     `tokenizer` is the one in use (None: unknown); tokens that were added to it for a pair may differ, as long as they
     are within `vocab_size`, the model's. A pair without a `.json` (one that Megatron made, say) passes with a message.
-    Raises DataError for another tokenizer or a larger vocabulary.
+    Raises one DataError for all pairs that are missing or have another tokenizer or a larger vocabulary.
     """
+    _for_each(prefixes, lambda prefix: _check_pair(prefix, tokenizer, vocab_size))
+
+
+def open_pairs(prefixes: Iterable[str]) -> list[IndexedReader]:
+    """The pairs, opened. Raises one DataError for all that are missing or damaged."""
+    return _for_each(prefixes, IndexedReader)
+
+
+def _for_each(prefixes: Iterable[str], action: Callable[[str], T]) -> list[T]:
+    """What `action` gives for each pair; the DataErrors of all together where there are any."""
+    results, problems = [], []
     for prefix in prefixes:
-        require_pair(prefix)
-        provenance = read_provenance(prefix)
-        if provenance is None:
-            _LOGGER.info("%s is not there: whether the data fit the tokenizer is not checked", provenance_path(prefix))
-            continue
-        if provenance.vocabulary_size > vocab_size:
-            raise DataError(
-                f"{prefix} was tokenized with a vocabulary of {provenance.vocabulary_size:,} ({provenance.tokenizer}, "
-                f"{len(provenance.added_tokens)} added tokens), but the model has {vocab_size:,} tokens; "
-                "tokenize with the model's tokenizer, or enlarge the model's vocabulary"
-            )
-        if tokenizer is None:
-            continue
-        fingerprint = load_tokenizer(tokenizer, provenance.added_tokens).fingerprint
-        if provenance.tokenizer_fingerprint != fingerprint:
-            raise DataError(
-                f"{prefix} was made with another tokenizer ({provenance.tokenizer}, fingerprint "
-                f"{provenance.tokenizer_fingerprint[:12]}) than the model's ({tokenizer}, fingerprint "
-                f"{fingerprint[:12]}), so its ids mean other tokens; run `megatron preprocess` with the "
-                "model's tokenizer"
-            )
+        try:
+            results.append(action(prefix))
+        except DataError as error:
+            problems.append(str(error))
+    problems = list(dict.fromkeys(problems))
+    if len(problems) == 1:
+        raise DataError(problems[0])
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise DataError(f"{len(problems)} of the data's pairs cannot be used:{listed}")
+    return results
+
+
+def _check_pair(prefix: str, tokenizer: Path | None, vocab_size: int) -> None:
+    require_pair(prefix)
+    provenance = read_provenance(prefix)
+    if provenance is None:
+        _LOGGER.info("%s is not there: whether the data fit the tokenizer is not checked", provenance_path(prefix))
+        return
+    if provenance.vocabulary_size > vocab_size:
+        raise DataError(
+            f"{prefix} was tokenized with a vocabulary of {provenance.vocabulary_size:,} ({provenance.tokenizer}, "
+            f"{len(provenance.added_tokens)} added tokens), but the model has {vocab_size:,} tokens; "
+            "tokenize with the model's tokenizer, or enlarge the model's vocabulary"
+        )
+    if tokenizer is None:
+        return
+    fingerprint = load_tokenizer(tokenizer, provenance.added_tokens).fingerprint
+    if provenance.tokenizer_fingerprint != fingerprint:
+        raise DataError(
+            f"{prefix} was made with another tokenizer ({provenance.tokenizer}, fingerprint "
+            f"{provenance.tokenizer_fingerprint[:12]}) than the model's ({tokenizer}, fingerprint "
+            f"{fingerprint[:12]}), so its ids mean other tokens; run `megatron preprocess` with the "
+            "model's tokenizer"
+        )
 
 
 def _as_blend(source: Source) -> list[tuple[float, str]]:

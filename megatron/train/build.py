@@ -16,8 +16,13 @@ from megatron.config.data import SYNTHETIC
 from megatron.config.dump import dump_config, to_dict
 from megatron.config.run import RunConfig
 from megatron.config.validate import validate_grid
-from megatron.data.build import build_train_dataset, build_validation_dataset, check_tokenizer, data_prefixes
-from megatron.data.indexed import IndexedReader
+from megatron.data.build import (
+    build_train_dataset,
+    build_validation_dataset,
+    check_tokenizer,
+    data_prefixes,
+    open_pairs,
+)
 from megatron.data.loader import BatchLoader
 from megatron.evaluate.perplexity import Evaluation, evaluate
 from megatron.model.flops import model_flops_per_token
@@ -154,9 +159,10 @@ def describe_order(config: RunConfig, plan: Plan) -> dict[str, Any]:
         order["data.train"] = data.train
     else:
         blend = [[1.0, data.train]] if isinstance(data.train, str) else data.train
-        readers = [(weight, IndexedReader(str(prefix))) for weight, prefix in blend]
+        readers = open_pairs(str(prefix) for _, prefix in blend)
         order["data.train"] = [
-            {"weight": weight, "sequences": len(reader), "tokens": int(reader.num_tokens)} for weight, reader in readers
+            {"weight": weight, "sequences": len(reader), "tokens": int(reader.num_tokens)}
+            for (weight, _), reader in zip(blend, readers, strict=True)
         ]
     return order
 

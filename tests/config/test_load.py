@@ -155,6 +155,11 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, hint: str) ->
         ("data: {train: [[1, a], [0, b]]}\n", "gives b the weight 0"),
         ("data: {train: [[1, a], [-1, b]]}\n", "gives b the weight -1"),
         ("data: {train: [[.inf, a]]}\n", "gives a the weight inf"),
+        (
+            "data: {train: [[0, a], [1, b], c, [-1, d]]}\n",
+            "gives a the weight 0: weights must be above 0; leave the entry out; it has the entry c: a blend is a list "
+            "of [weight, prefix] pairs, as [[0.9, medical], [0.1, replay]]; it gives d the weight -1",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, text: str, hint: str) -> None:

@@ -120,6 +120,23 @@ def test_the_batch_must_fill_the_data_ranks() -> None:
     assert "micro batch of" not in grid_failure(4, "--train.global_batch=6", "--train.micro_batch=2")
 
 
+def test_what_concerns_the_processes_is_reported_with_the_rest() -> None:
+    words = ["--parallel.tensor=3", "--train.micro_batch=3", "--optimizer.eps=x"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, words, world_size=2)
+    for problem in (
+        "has 4 problems",
+        "data.train is not set",
+        "2 processes cannot be divided by parallel.tensor=3",
+        "train.global_batch=8 is not divisible by train.micro_batch=3",
+        "optimizer.eps=x",
+    ):
+        assert problem in str(caught.value)
+    with pytest.raises(ConfigError) as caught:  # whatever is wrong with a key, nothing follows from its default
+        load_config(None, ["--data.train=[[0, a]]", "--parallel.tensor=x"], world_size=2)
+    assert "not set" not in str(caught.value) and "processes" not in str(caught.value)
+
+
 def test_training_needs_data() -> None:
     assert "data.train is not set" in grid_failure(1, "--data.train=null")
 

@@ -12,7 +12,13 @@ import pytest
 from megatron.config.data import DataConfig
 from megatron.data import build
 from megatron.data.blend import MegatronBlend, StableBlend
-from megatron.data.build import build_train_dataset, build_validation_dataset, check_tokenizer, data_prefixes
+from megatron.data.build import (
+    build_train_dataset,
+    build_validation_dataset,
+    check_tokenizer,
+    data_prefixes,
+    open_pairs,
+)
 from megatron.data.dataset import ENDLESS, Dataset
 from megatron.data.pretraining import MegatronOrderDataset, StableOrderDataset
 from megatron.data.provenance import Provenance, provenance_path, write_provenance
@@ -150,6 +156,19 @@ def test_a_wrong_tokenizer_and_a_too_large_vocabulary_are_noticed(
         check_tokenizer([prefix], Path("cd"), 1000)
     with pytest.raises(DataError, match=r"vocabulary of 1,000 .*1 added tokens.* the model has 999"):
         check_tokenizer([prefix], None, 999)
+
+
+def test_every_member_of_a_blend_that_cannot_be_used_is_named(pairs: tuple[str, str], tmp_path: Path) -> None:
+    write_provenance(pairs[1], PROVENANCE)
+    with pytest.raises(DataError) as caught:
+        check_tokenizer([str(tmp_path / "none"), pairs[0], pairs[1]], None, 999)
+    for problem in ("2 of the data's pairs", "no token data at", "vocabulary of 1,000"):
+        assert problem in str(caught.value)
+    for prefix in pairs:
+        with open(f"{prefix}.bin", "ab") as file:
+            file.write(b"more")
+    with pytest.raises(DataError, match=r"first\.bin is [^-]*\n  - .*second\.bin is"):
+        open_pairs(pairs)
 
 
 def test_a_pair_without_provenance_passes_with_a_message(

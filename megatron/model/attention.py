@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron.kernels.products import operand
 from megatron.kernels.rotary import rotary_split
 from megatron.model.config import ModelConfig
 from megatron.parallel.layers import ShardedParameter, column_linear, row_linear
@@ -36,9 +37,14 @@ class Attention(nn.Module):
         fused = column_linear(hidden, self.qkv, self.context)  # [s, b, (heads + 2 kv)/tp · d]
         query, key, value = rotary_split(fused, cos, sin, self.num_heads, self.num_key_value_heads)
         mixed = F.scaled_dot_product_attention(  # [b, heads/tp, s, d]
-            query, key, value, is_causal=True, enable_gqa=self.num_heads != self.num_key_value_heads
+            operand(query),
+            operand(key),
+            operand(value),
+            is_causal=True,
+            enable_gqa=self.num_heads != self.num_key_value_heads,
         )
-        return row_linear(mixed.permute(2, 0, 1, 3).flatten(2), self.output, self.context)
+        mixed = mixed.permute(2, 0, 1, 3).flatten(2).to(fused.dtype)  # [s, b, heads/tp · d]
+        return row_linear(mixed, self.output, self.context)
 
 
 def attention_specs(config: ModelConfig, context: ParallelContext, prefix: str) -> tuple[ShardSpec, ShardSpec]:

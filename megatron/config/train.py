@@ -7,6 +7,8 @@ from typing import Literal
 
 from megatron.config.key import key
 
+Recompute = Literal["none", "selective", "full"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -19,4 +21,15 @@ class TrainConfig:
         "bf16", "Type of weights and activations; under `bf16` gradients, masters and moments are float32."
     )
     seed: int = key(1234, "Seed of random initial weights.", minimum=0, maximum=2**32 - 1)
+    recompute: Recompute = key(
+        "none",
+        "What the backward pass computes again to save memory: `selective`: norms and the SwiGLU product, almost for "
+        "free; `full`: whole layers, for about a third more time. The gradients are the same to the bit.",
+    )
+    gc_interval: int | None = key(
+        100,
+        "Steps between runs of Python's garbage collector, at the same steps on all ranks, so that none holds up the "
+        "others. null: whenever Python likes.",
+        minimum=1,
+    )
     deterministic: bool = key(False, "Use only algorithms that give the same bits each time (slower on a GPU).")

@@ -7,6 +7,7 @@ from torch import nn
 
 from megatron.kernels.swiglu import swiglu
 from megatron.model.config import ModelConfig
+from megatron.model.recompute import computed_again
 from megatron.parallel.layers import ShardedParameter, column_linear, row_linear
 from megatron.parallel.layout import Piece, Region, ShardSpec
 from megatron.parallel.mesh import ParallelContext
@@ -16,18 +17,26 @@ class FeedForward(nn.Module):
     """down(silu(gate(x)) · up(x)); the fused weight holds this rank's gate rows, then its up rows."""
 
     def __init__(
-        self, config: ModelConfig, context: ParallelContext, prefix: str, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        context: ParallelContext,
+        prefix: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        recompute_product: bool = False,
     ) -> None:
         super().__init__()
-        self.context = context
+        self.context, self.recompute_product = context, recompute_product
         gate_up, down = feed_forward_specs(config, context, prefix)
         self.gate_up = ShardedParameter.create(torch.empty(gate_up.shape, dtype=dtype, device=device), gate_up)
         self.down = ShardedParameter.create(torch.empty(down.shape, dtype=dtype, device=device), down)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same."""
-        inner = swiglu(column_linear(hidden, self.gate_up, self.context))  # [s, b, f/tp]
-        return row_linear(inner, self.down, self.context)
+        gate_up = column_linear(hidden, self.gate_up, self.context)  # [s, b, 2 f/tp]
+        inner, kept = swiglu(gate_up), gate_up.detach()  # [s, b, f/tp]
+        with computed_again(inner, lambda: swiglu(kept), active=self.recompute_product):
+            return row_linear(inner, self.down, self.context)
 
 
 def feed_forward_specs(config: ModelConfig, context: ParallelContext, prefix: str) -> tuple[ShardSpec, ShardSpec]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megatron.config.train import Recompute
 from megatron.kernels.rotary import rotary_tables
 from megatron.model.block import Block
 from megatron.model.config import ModelConfig
@@ -29,6 +30,7 @@ class Transformer(nn.Module):
         context: ParallelContext,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         check_divisible(config, context)
@@ -39,7 +41,7 @@ class Transformer(nn.Module):
         if self.is_first:
             self.embedding = Embedding(config, context, dtype, device, uses=2 if shared else 1)
         layers = layers_of_stage(config.num_hidden_layers, context.pp.size, context.pp.rank)
-        self.blocks = nn.ModuleList(Block(config, context, index, dtype, device) for index in layers)
+        self.blocks = nn.ModuleList(Block(config, context, index, dtype, device, recompute) for index in layers)
         if self.is_last:
             self.final_norm = Norm(config, context, FINAL_NORM, dtype, device)
             self.head = Head(config, context, dtype, device, weight=self.embedding.weight if shared else None)

@@ -19,7 +19,7 @@ from megatron.parallel.agreement import agree, raise_together
 from megatron.parallel.collectives import all_gather, start_all_reduce
 from megatron.parallel.communicator import Work, new_communicator
 from megatron.parallel.mesh import Axis
-from megatron.utils.device import communication_backend, local_device
+from megatron.utils.device import communication_backend, keep_freed_memory, local_device
 from megatron.utils.environment import Launch, read_launch
 from megatron.utils.errors import MegatronError
 
@@ -89,6 +89,7 @@ def start_world(timeout_s: float) -> World:
     """
     launch = read_launch()
     device = local_device(launch.local_rank)
+    keep_freed_memory(device)
     if launch.world_size == 1:
         return World(launch, device, Axis("control"))
     if not dist.is_initialized():

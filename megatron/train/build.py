@@ -32,7 +32,7 @@ from megatron.parallel.pipeline.partition import describe_partition
 from megatron.parallel.world import World
 from megatron.tokenizer import find_tokenizer, load_tokenizer
 from megatron.train.checkpoints import Checkpoints, check_resume, start_from
-from megatron.train.hooks import Report, Save
+from megatron.train.hooks import CollectGarbage, Hook, Report, Save
 from megatron.train.metrics import Metrics, Speed
 from megatron.train.origin import Origin, find_origin
 from megatron.train.signals import STOP_FILE, StopWish
@@ -128,12 +128,15 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         def save() -> None:
             checkpoints.save(step, progress)
 
+        hooks: list[Hook] = [report, Save(save, metrics, config.checkpoint.interval)]
+        if config.train.gc_interval is not None:
+            hooks.append(stack.enter_context(CollectGarbage(config.train.gc_interval)))
         yield Trainer(
             world,
             step,
             loader,
             progress,
-            [report, Save(save, metrics, config.checkpoint.interval)],
+            hooks,
             wish,
             save,
             steps=config.train.steps,
@@ -217,7 +220,9 @@ def _restore_progress(config: RunConfig, origin: Origin, data_state: dict[str, A
 
 
 def _build_step(config: RunConfig, plan: Plan, origin: Origin, context: ParallelContext, world: World) -> TrainingStep:
-    model = Transformer(origin.model, context, DTYPES[config.train.precision], world.device)
+    model = Transformer(
+        origin.model, context, DTYPES[config.train.precision], world.device, recompute=config.train.recompute
+    )
     return TrainingStep(
         model,
         context,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from megatron.evaluate.perplexity import Evaluation
 from megatron.train.metrics import Metrics, progress_line
@@ -60,6 +61,24 @@ class Report:
                 sink.write(progress.step, figures)
             except OSError as error:  # a full disk there is no reason to lose the run
                 _logger.warning("the figures of step %d were not written: %s", progress.step, error)
+
+
+class CollectGarbage:
+    """Python's garbage collector at fixed steps: while it is open, it runs then and only then."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def __enter__(self) -> Self:
+        gc.disable()
+        return self
+
+    def after_step(self, progress: Progress, outcome: StepOutcome, last: bool) -> None:
+        if progress.step % self.interval == 0:
+            gc.collect()
+
+    def __exit__(self, *_: object) -> None:
+        gc.enable()
 
 
 class Save:

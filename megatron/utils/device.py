@@ -5,6 +5,7 @@ Nothing else below `train` asks `torch.cuda` directly, so that the same program 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ _PEAK_FLOPS_BF16 = (
     ("H100", 989.4e12),
     ("A100", 312e12),
 )
+
+
+# Parameters of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def local_device(local_rank: int) -> torch.device:
@@ -99,6 +104,18 @@ def cpu_multiplies_bfloat16() -> bool:
     """Whether this machine's CPU has instructions for matrix products of bfloat16."""
     text = Path("/proc/cpuinfo").read_text()
     return re.search(r"^(?:flags|Features)\s*:.*\b(?:avx512_bf16|amx_bf16|bf16)\b", text, re.MULTILINE) is not None
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let the C library keep large blocks that the CPU frees, for the next step, instead of returning them.
+
+    A returned block costs a page fault for every four kilobytes when it is asked for again: a tenth of a step's time.
+    """
+    if device.type == "cpu":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):  # glibc
+            library.mallopt(_M_MMAP_MAX, 0)
+            library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def synchronize(device: torch.device) -> None:

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from megatron.config.optimizer import OptimizerConfig
+from megatron.config.train import Recompute
 from megatron.data.loader import MicroBatch
+from megatron.kernels import native
 from megatron.model.config import ModelConfig
 from megatron.model.initialize import initialize
 from megatron.model.transformer import Transformer
@@ -43,6 +45,7 @@ class Case:
     ragged: bool = True
     clip: float = 0.5
     bucket_elements: int = 3000
+    recompute: Recompute = "none"
 
     @property
     def grid(self) -> Grid:
@@ -74,6 +77,7 @@ class Case:
                 "pipeline": 1,
                 "sequence": False,
                 "zero": 0,
+                "recompute": "none",
                 "micro_batches": self.micro_batches * self.data,
             }
         )
@@ -112,9 +116,13 @@ def batches_of(case: Case, step: int, data_rank: int) -> list[MicroBatch]:
     return result
 
 
-def run_case(rank: int, case: Case, strict: bool = False, mutation: str | None = None) -> Result:
+def run_case(
+    rank: int, case: Case, strict: bool = False, mutation: str | None = None, backend: native.Backend = "auto"
+) -> Result:
     """Two training steps of a case in float64 on this rank; all ranks of its grid call it together."""
     from tests.dist.mutations import mutated
+
+    native.select(backend, "cpu")
 
     log = Log()
     with mutated(mutation):
@@ -126,7 +134,7 @@ def run_case(rank: int, case: Case, strict: bool = False, mutation: str | None =
             timeout_s=60.0,
             make=strict_maker(log) if strict else None,
         )
-        model = Transformer(case.model, context, torch.float64)
+        model = Transformer(case.model, context, torch.float64, recompute=case.recompute)
         step = TrainingStep(
             model,
             context,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from megatron.kernels import native
 from tests.dist.case import Case, Result, run_case
 from tests.dist.compare import TOLERANCE, deviation
 from tests.dist.pool import Pool
@@ -31,6 +32,8 @@ CASES = [
     Case("tp2-pp2-one-micro-batch", tensor=2, pipeline=2, micro_batches=1, micro_batch=3, ragged=False),
     Case("tp4-wide-padding", tensor=4, vocabulary=65, sequence=True),
     Case("dp2-one-large-bucket", data=2, zero=1, bucket_elements=10**9, clip=0.0),
+    Case("tp2-selective-recompute", tensor=2, sequence=True, recompute="selective"),
+    Case("tp2-pp2-full-recompute", tensor=2, pipeline=2, sequence=True, recompute="full"),
     Case(
         "tied-tp2-pp2-dp2-everything",
         tensor=2,
@@ -46,14 +49,24 @@ CASES = [
 ]
 
 
+# Plain gloo with the compiled kernels where there are some, the strict communicator with the references.
+SETTINGS: dict[str, tuple[bool, native.Backend]] = {
+    "gloo-native": (False, "auto"),
+    "strict-reference": (True, "reference"),
+}
+
+
 @functools.cache
-def reference(case: Case) -> Result:
-    """The one-rank run, in this process."""
-    return run_case(0, case)
+def one_rank(case: Case) -> Result:
+    """The one-rank run in this process, always with the references: so both kinds of kernels are held to these."""
+    try:
+        return run_case(0, case, backend="reference")
+    finally:
+        native.select("auto", "cpu")
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["gloo", "strict"])
+@pytest.mark.parametrize(("strict", "backend"), SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_grid_equals_one_rank(case: Case, strict: bool, pools: Callable[[int], Pool]) -> None:
-    results = pools(case.grid.world_size).run(run_case, case, strict)
-    assert deviation(results, reference(case.one_rank)) <= TOLERANCE
+def test_grid_equals_one_rank(case: Case, strict: bool, backend: native.Backend, pools: Callable[[int], Pool]) -> None:
+    results = pools(case.grid.world_size).run(run_case, case, strict, None, backend)
+    assert deviation(results, one_rank(case.one_rank)) <= TOLERANCE

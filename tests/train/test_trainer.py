@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from megatron.data.loader import MicroBatch
 from megatron.parallel.world import World
-from megatron.train.hooks import Report, Save
+from megatron.train.hooks import CollectGarbage, Report, Save
 from megatron.train.metrics import Metrics, Speed
 from megatron.train.signals import StopWish
 from megatron.train.state import Progress
@@ -163,3 +164,16 @@ def test_intervals() -> None:
 def test_nothing_is_evaluated_or_saved_unasked() -> None:
     figures, saved, evaluated = run_hooks(steps=5, interval=2, evaluate_interval=None, save_interval=None)
     assert list(figures) == [2, 4, 5] and saved == evaluated == []
+
+
+def test_garbage_is_collected_at_fixed_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    zero = torch.zeros(())
+    outcome = StepOutcome(zero, zero, zero, zero, 0.0)
+    with CollectGarbage(3) as hook:
+        assert not gc.isenabled()
+        for step in range(1, 8):
+            monkeypatch.setattr(gc, "collect", lambda step=step: runs.append(step))
+            hook.after_step(Progress(step, 0, 0), outcome, last=step == 7)
+    assert runs == [3, 6]
+    assert gc.isenabled()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -105,7 +106,8 @@ def _group(
     groups: list[list[tuple[str, ShardedParameter]]] = []
     size, closed = 0, True
     for name, parameter in named:
-        assert isinstance(parameter, ShardedParameter), name
+        assert hasattr(parameter, "spec"), name  # not its class, which fake tensors do not keep
+        parameter = cast(ShardedParameter, parameter)
         alone = any(piece.copy_axis == "embed" for piece in parameter.spec.pieces)
         if closed or alone or size + parameter.spec.numel > bucket_elements:
             groups.append([])

@@ -147,26 +147,36 @@ def run_case(
         initialize(model, case.model, seed=7)
         step.optimizer.reset_masters()
         result = Result()
+        _record_gradients(step, result)
         for number in range(STEPS):
             outcome = step(batches_of(case, number, context.data.rank), number + 1)
             result.losses.append(outcome.loss.item())
             result.norms.append(outcome.grad_norm.item())
-            if number == 0:
-                result.gradients = _gradients(step)
     result.weights = _weights(model)
     result.padding = _padding(model)
     result.log, result.open_works = log.issued, log.open_works
     return result
 
 
-def _gradients(step: TrainingStep) -> list[tuple[Region, np.ndarray]]:
-    """The owned ranges of the reduced gradients (as the optimizer left them: divided by tokens and clipping)."""
+def _record_gradients(step: TrainingStep, result: Result) -> None:
+    """Keep the gradients that the first update is given, before the optimizer uses them up."""
+    update = step.optimizer.step
+
+    def record_and_update(rate: float, divisor: torch.Tensor, not_finite: torch.Tensor) -> None:
+        result.gradients = result.gradients or _gradients(step, divisor)
+        update(rate, divisor, not_finite)
+
+    step.optimizer.step = record_and_update  # type: ignore[method-assign]
+
+
+def _gradients(step: TrainingStep, divisor: torch.Tensor) -> list[tuple[Region, np.ndarray]]:
+    """The owned ranges of the reduced gradients, divided by tokens and clipping."""
     found = []
     for bucket in step.buckets:
         for slot, start, stop in bucket.owned_slots():
             flat = bucket.owned_gradients[start:stop]
             for region, view in slot.spec.flat_regions(flat, bucket.owned[0] + start - slot.start):
-                found.append((region, view.numpy().copy()))
+                found.append((region, (view / divisor).numpy()))
     return found
 
 

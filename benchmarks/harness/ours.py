@@ -11,13 +11,14 @@ from megatron.data.loader import MicroBatch
 from megatron.model.initialize import initialize
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Grid, ParallelContext, connect, single_rank
-from megatron.parallel.world import start_world
+from megatron.parallel.world import World, start_world
 from megatron.train.step import TrainingStep
 
 
 def build(contestant: Contestant, workload: Workload, dtype: torch.dtype) -> Trainer:
     """Weights in `dtype`; gradients, masters and moments in float32. ZeRO-1 over two data ranks, sequence parallel."""
-    context = _context(contestant, workload)
+    world = start_world(timeout_s=600.0)
+    context = _context(contestant, workload, world)
     model = Transformer(workload.model, context, dtype)
     initialize(model, workload.model, seed=1)
     step = TrainingStep(
@@ -46,10 +47,9 @@ def build(contestant: Contestant, workload: Workload, dtype: torch.dtype) -> Tra
     return Trainer(run, state_bytes)
 
 
-def _context(contestant: Contestant, workload: Workload) -> ParallelContext:
+def _context(contestant: Contestant, workload: Workload, world: World) -> ParallelContext:
     if contestant.world == 1:
         return single_rank()
-    world = start_world(timeout_s=600.0)
     return connect(
         Grid.of_world(contestant.world, contestant.tensor, contestant.pipeline),
         world.launch.rank,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
 from megatron.config.evaluate import EvaluateConfig
+from megatron.config.kernels import KernelsConfig
 from megatron.config.log import LogConfig
 from megatron.config.model import ModelSettings
 from megatron.config.optimizer import OptimizerConfig
@@ -24,6 +25,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)

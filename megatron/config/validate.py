@@ -53,6 +53,7 @@ def static_problems(config: RunConfig, model: Mapping[str, Any] | None = None) -
     yield from _batch_problems(config)
     yield from _schedule_problems(config)
     yield from _output_problems(config)
+    yield from _kernel_problems(config)
     yield from _shape_problems(fields)
     yield from _division_problems(config, fields)
     yield from _sequence_problems(config, fields)
@@ -125,6 +126,23 @@ def _output_problems(config: RunConfig) -> Iterator[Problem]:
             ("log.tensorboard", "log.dir"),
             "log.tensorboard=true without log.dir: TensorBoard files go there; name a folder",
         )
+
+
+def _kernel_problems(config: RunConfig) -> Iterator[Problem]:
+    kernels, precision = config.kernels, config.train.precision
+    if kernels.fp8:
+        yield Problem(
+            ("kernels.fp8",),
+            "kernels.fp8=true is refused: FP8 products by Transformer Engine could not be proven right without a GPU, "
+            "and unproven they are not offered; use kernels.fp8=false, and train.precision=bf16 for speed",
+        )
+    for name in ("flash_attention", "apex"):
+        if getattr(kernels, name) and precision != "bf16":
+            yield Problem(
+                (f"kernels.{name}", "train.precision"),
+                f"kernels.{name}=true with train.precision={precision}: the library computes in bf16; use "
+                f"kernels.{name}=false or train.precision=bf16",
+            )
 
 
 def _shape_problems(model: Mapping[str, Any]) -> Iterator[Problem]:

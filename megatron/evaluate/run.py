@@ -10,6 +10,7 @@ from megatron.checkpoint.weights import load_weights
 from megatron.data.build import check_tokenizer
 from megatron.data.windows import StreamWindows
 from megatron.evaluate.perplexity import Evaluation, evaluate
+from megatron.kernels import native
 from megatron.model.config import ModelConfig
 from megatron.model.specs import canonical_shapes
 from megatron.model.transformer import Transformer
@@ -17,6 +18,9 @@ from megatron.parallel.mesh import Grid, connect
 from megatron.parallel.world import World
 from megatron.tokenizer import find_tokenizer
 from megatron.utils.errors import ConfigError
+from megatron.utils.logging import get_logger
+
+_logger = get_logger("megatron.evaluate")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -36,6 +40,7 @@ def evaluate_folder(
 
     Raises an error of ours, alike on all ranks, where folder, data or grid do not fit each other.
     """
+    _logger.info("%s", native.select("auto", world.device.type))
     source = world.agree(lambda: open_source(load))
     config = world.agree(lambda: _check_model(source))
     length = world.agree(lambda: _check_length(sequence_length, config))

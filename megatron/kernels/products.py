@@ -6,10 +6,15 @@ widened first, which costs one pass over them, and sums are exact to float32 bes
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from megatron.utils.device import cpu_multiplies_bfloat16
+
+# (total [out, in], grad_output [n, out], inputs [n, in]): total += grad_outputᵀ · inputs
+Accumulate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def operand(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from megatron.kernels.products import operand
+from megatron.kernels.attention import Attend, causal_attention
 from megatron.kernels.rotary import rotary_split
 from megatron.model.config import ModelConfig
 from megatron.parallel.layers import ShardedParameter, column_linear, row_linear
@@ -25,6 +24,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
+        self.attend: Attend = causal_attention
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // context.tp.size
         self.num_key_value_heads = max(1, config.num_key_value_heads // context.tp.size)
@@ -36,13 +36,7 @@ class Attention(nn.Module):
         """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same; cos and sin [s, d]."""
         fused = column_linear(hidden, self.qkv, self.context)  # [s, b, (heads + 2 kv)/tp · d]
         query, key, value = rotary_split(fused, cos, sin, self.num_heads, self.num_key_value_heads)
-        mixed = F.scaled_dot_product_attention(  # [b, heads/tp, s, d]
-            operand(query),
-            operand(key),
-            operand(value),
-            is_causal=True,
-            enable_gqa=self.num_heads != self.num_key_value_heads,
-        )
+        mixed = self.attend(query, key, value)  # [b, heads/tp, s, d]
         mixed = mixed.permute(2, 0, 1, 3).flatten(2).to(fused.dtype)  # [s, b, heads/tp · d]
         return row_linear(mixed, self.output, self.context)
 

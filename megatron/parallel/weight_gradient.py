@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron.kernels.products import operand
+from megatron.kernels.products import Accumulate, operand
 
 _SINK = "gradient_sink"
 
@@ -25,6 +25,7 @@ class GradientSink:
     def __init__(self, buffer: torch.Tensor, report: Callable[[], None]) -> None:
         self.buffer = buffer
         self.report = report
+        self.accumulate: Accumulate | None = None  # in one product, where dtypes differ and a library can
         self._empty = True
 
     def clear(self) -> None:
@@ -51,6 +52,10 @@ class GradientSink:
         if self.buffer.dtype == inputs.dtype:
             beta = 0.0 if overwrites else 1.0
             torch.addmm(self.buffer, grad_output.t(), inputs, beta=beta, out=self.buffer)
+        elif self.accumulate is not None:
+            if overwrites:
+                self.buffer.zero_()
+            self.accumulate(self.buffer, grad_output, inputs)
         elif overwrites:
             self.buffer.copy_(grad_output.t() @ inputs)
         else:

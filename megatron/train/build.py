@@ -33,6 +33,7 @@ from megatron.parallel.world import World
 from megatron.tokenizer import find_tokenizer, load_tokenizer
 from megatron.train.checkpoints import Checkpoints, check_resume, start_from
 from megatron.train.hooks import CollectGarbage, Hook, Report, Save
+from megatron.train.kernels import choose_kernels, install
 from megatron.train.metrics import Metrics, Speed
 from megatron.train.origin import Origin, find_origin
 from megatron.train.signals import STOP_FILE, StopWish
@@ -97,7 +98,9 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         num_key_value_heads=origin.model.num_key_value_heads,
         timeout_s=config.parallel.timeout_s,
     )
+    vendor = choose_kernels(config.kernels, origin.model, plan.grid.tensor, world)
     step = _build_step(config, plan, origin, context, world)
+    install(vendor, step.model)
     world.agree(lambda: start_from(origin, step, config.train.seed))
     if origin.source is not None:
         origin.source.close()

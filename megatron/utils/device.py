@@ -61,6 +61,11 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for known, peak in _PEAK_FLOPS_BF16 if known in name), None)
 
 
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """That of a GPU, as (8, 0) for an A100; None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 @contextmanager
 def explain_out_of_memory(device: torch.device, rank: int, cure: str) -> Iterator[None]:
     """Turn running out of memory, on a GPU or the host, into one ResourceError with the figures and the cure."""

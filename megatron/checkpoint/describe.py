@@ -22,7 +22,7 @@ def describe(source: Source, path: Path) -> dict[str, Any]:
     """All there is to say about a model that was opened from `path`, as JSON values."""
     model, problem = _describe_model(source)
     weights = source.index.get("weights", {})
-    state, parallel = source.state or {}, (source.run_config or {}).get("parallel") or {}
+    state = source.state or {}
     return {
         "folder": str(source.folder),
         "format": source.format,
@@ -30,7 +30,7 @@ def describe(source: Source, path: Path) -> dict[str, Any]:
         "step": source.step,
         "consumed_tokens": state.get("consumed_tokens"),
         "consumed_samples": state.get("consumed_samples"),
-        "saved_with": {name: parallel[name] for name in ("tensor", "pipeline", "zero") if name in parallel} or None,
+        "saved_with": _saved_with(source),
         "model": model,
         "problem": problem,
         "parameters": sum(math.prod(stored.shape) for stored in weights.values()),
@@ -100,6 +100,18 @@ def verify(source: Source) -> str:
             "Use another copy or an older checkpoint."
         )
     return f"the checksums of all {len(source.manifest.files)} files are right"
+
+
+def _saved_with(source: Source) -> dict[str, Any] | None:
+    """The grid of the run that saved it, and how it shared the optimizer state; None for what no run has saved."""
+    parallel = (source.run_config or {}).get("parallel") or {}
+    found = {name: parallel[name] for name in ("tensor", "pipeline", "zero") if name in parallel}
+    data = (source.state or {}).get("grid", {}).get("data")
+    if data is not None:
+        found["data"] = data
+        if found.get("zero") is None:  # left to what the grid makes of it
+            found["zero"] = int(data > 1)
+    return found or None
 
 
 def _describe_model(source: Source) -> tuple[dict[str, Any] | None, str | None]:

@@ -48,12 +48,12 @@ def _token_prefix(path: str) -> str | None:
 
 
 def _inspect_tokens(prefix: str, arguments: argparse.Namespace) -> None:
-    from megatron.data.describe import describe_indexed
+    from megatron.data.describe import describe_indexed, table_of_pair
 
     if arguments.verify or arguments.tensors:
         raise ConfigError("--verify and --tensors are for models; token files have neither checksums nor tensors.")
-    rows = describe_indexed(prefix)
-    _print_json(dict(rows)) if arguments.json else _print_table(rows)
+    description = describe_indexed(prefix)
+    _print_json(description) if arguments.json else _print_table(table_of_pair(description))
 
 
 def _inspect_model(source: Source, arguments: argparse.Namespace) -> None:

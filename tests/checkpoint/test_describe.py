@@ -29,7 +29,7 @@ def trained(tmp_path: Path) -> Path:
     moments = {name: tensor.float() for name, tensor in weights.items()}
     for step in (4, 8):
         tensors = {"weights": weights, "master": moments, "exp_avg": moments, "exp_avg_sq": moments}
-        state = {"consumed_tokens": 4096, "consumed_samples": 64}
+        state = {"consumed_tokens": 4096, "consumed_samples": 64, "grid": {"tensor": 2, "pipeline": 1, "data": 3}}
         yaml = "parallel:\n  tensor: 2\n  pipeline: 1\n  zero: null\n"
         errors = save(tmp_path / "save", tensors, step=step, ranks=3, cuts=2, carried={"tokenizer.model": b"pieces"},
                       state=state, run_config=yaml)  # fmt: skip
@@ -47,7 +47,7 @@ def test_a_save_folder(trained: Path, capsys) -> None:
         "step": "8",
         "consumed tokens": "4,096 (4.10 k)",
         "consumed samples": "64 (64)",
-        "saved with": "tensor 2, pipeline 1",
+        "saved with": "tensor 2, pipeline 1, zero 1, data 3",
         "vocab size": "40",
         "hidden size": "16",
         "intermediate size": "24",
@@ -73,6 +73,7 @@ def test_for_machines(trained: Path, capsys) -> None:
     content = json.loads(capsys.readouterr().out)
     assert (content["step"], content["parameters"], content["format"]) == (4, 7152, "native")
     assert content["optimizer_bytes"] == dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), 4 * 7152)
+    assert content["saved_with"] == {"tensor": 2, "pipeline": 1, "data": 3, "zero": 1}, "zero as it was, not null"
     assert content["verified"] == "the checksums of all 15 files are right"
     assert len(content["tensor_list"]) == 4 * 30
     embedding = next(entry for entry in content["tensor_list"] if entry["name"] == "model.embed_tokens.weight")

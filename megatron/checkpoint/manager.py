@@ -96,7 +96,8 @@ def read_pointer(save: Path) -> str | None:
 
 
 def apply_retention(save: Path, keep_last: int | None, *, up_to: int | None = None) -> None:
-    """Remove all but the newest `keep_last` whole checkpoints (None: remove none), and what a crash left half removed.
+    """Remove all but the newest `keep_last` whole checkpoints (None: remove none), and what crashes left half written
+    or half removed: call it when no checkpoint is being written there.
 
     Those after step `up_to` are neither counted nor removed: a run that saves step 6 while there is a step 10 has
     passed that over as damaged, and must not give up sound ones for it.
@@ -105,17 +106,15 @@ def apply_retention(save: Path, keep_last: int | None, *, up_to: int | None = No
     that a crash leaves nothing that looks like a checkpoint. Whatever goes wrong with a folder is only warned about: it
     is no reason to end a run.
     """
-    if keep_last is None:
-        return
-    assert keep_last >= 1, keep_last
+    assert keep_last is None or keep_last >= 1, keep_last
     try:
-        folders = [folder for step, folder in _step_folders(save) if up_to is None or step <= up_to]
-        whole = [folder for folder in folders if _may_be_removed(folder)]
-        for folder in whole[:-keep_last]:
-            remove_checkpoint(folder)
+        if keep_last is not None:
+            folders = [folder for step, folder in _step_folders(save) if up_to is None or step <= up_to]
+            whole = [folder for folder in folders if _may_be_removed(folder)]
+            for folder in whole[:-keep_last]:
+                remove_checkpoint(folder)
         for folder in _leftovers(save):
-            if folder.name.endswith(REMOVED):
-                _remove_tree(folder)
+            _remove_tree(folder)
     except OSError as error:
         _logger.warning("%s cannot be searched for old checkpoints (%s)", save, error.strerror or error)
 

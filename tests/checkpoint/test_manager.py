@@ -111,6 +111,18 @@ def test_a_search_can_be_continued_before_a_step(saved: Path, caplog) -> None:
     assert manager.newest_checkpoint(saved, before=1) is None
 
 
+@pytest.mark.parametrize("keep_last", [None, 3])
+def test_what_an_interrupted_save_left_is_removed(saved: Path, keep_last: int | None) -> None:
+    kept = ["notes.partial", "step_0000007.1a2b.partial"]  # not a save's
+    for name in ("step_0000004.partial", "step_0000005.removed", *kept):
+        (saved / name).mkdir()
+        (saved / name / "file").touch()
+    manager.apply_retention(saved, keep_last)
+    assert sorted(path.name for path in saved.iterdir()) == sorted(
+        ["latest", "step_0000001", "step_0000002", "step_0000003", *kept]
+    )
+
+
 def test_retention_counts_only_whole_ones_and_leaves_the_others(saved: Path) -> None:
     (saved / "step_0000003" / "config.json").unlink()
     manager.apply_retention(saved, 1)

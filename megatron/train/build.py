@@ -126,7 +126,8 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         )
         stop_file = Path(config.log.dir) / STOP_FILE if config.log.dir and world.launch.rank == 0 else None
         wish = stack.enter_context(StopWish(stop_file))
-        _describe_run(config, plan, origin, step, world, progress)
+        if progress.step < config.train.steps:
+            _describe_run(config, plan, origin, step, world, progress)
 
         def save() -> None:
             checkpoints.save(step, progress)
@@ -311,3 +312,6 @@ def _describe_run(
         plan.micro_batches,
         config.train.micro_batch,
     )
+    extendable = config.data.order == "stable" or config.data.samples is not None or config.data.train == SYNTHETIC
+    if progress.step == 0 and config.checkpoint.save is not None and not extendable:
+        _logger.info("more train.steps later need data.samples or data.order=stable now")

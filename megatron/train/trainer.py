@@ -48,7 +48,7 @@ class Trainer:
     def fit(self) -> None:
         """Train. Errors of one rank are raised on all, after the present state was saved."""
         if self.progress.step >= self.steps:
-            _logger.info("nothing to do: step %d of train.steps=%d is done", self.progress.step, self.steps)
+            _logger.info("nothing to do: step %d is done and train.steps=%d", self.progress.step, self.steps)
             return
         batch = self.world.agree(self.loader.next_batch)
         ballot = _GO_ON

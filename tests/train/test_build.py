@@ -18,6 +18,7 @@ from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
 from megatron.config.train import TrainConfig
+from megatron.data.indexed import IndexedWriter
 from megatron.parallel.mesh import Grid
 from megatron.parallel.world import World
 from megatron.train.build import Plan, build_trainer, make_plan
@@ -65,6 +66,47 @@ def test_another_run_in_the_same_folder_erases_nothing(world: World, tmp_path: P
         trainer.fit()
     assert (tmp_path / "metrics-1.jsonl").read_text() == first
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_finished_run_says_that_and_nothing_of_steps_to_come(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24}
+    config = RunConfig(
+        model=ModelSettings(**sizes, num_hidden_layers=1, num_attention_heads=2),
+        data=DataConfig(train="synthetic", sequence_length=8),
+        train=TrainConfig(steps=3, global_batch=1, precision="fp32"),
+        checkpoint=CheckpointConfig(save=str(tmp_path / "save")),
+    )
+    with build_trainer(config, world) as trainer:
+        trainer.fit()
+    shorter = replace(config, train=replace(config.train, steps=2))
+    with caplog.at_level("INFO", "megatron.train"), build_trainer(shorter, world) as trainer:
+        trainer.fit()
+    assert caplog.messages[-1] == "nothing to do: step 3 is done and train.steps=2"
+    assert not any("steps 4 to 2" in line or line.startswith(("model:", "grid:")) for line in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("data", "save", "said"),
+    [({}, True, True), ({"samples": 9}, True, False), ({"order": "stable"}, True, False), ({}, False, False)],
+)
+def test_what_a_run_needs_to_be_extended_is_said_while_it_can_be_set(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, data: dict[str, Any], save: bool, said: bool
+) -> None:
+    with IndexedWriter(tmp_path / "pair", "uint16") as writer:
+        writer.add_sequence(list(range(60)))
+        writer.end_document()
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24}
+    config = RunConfig(
+        model=ModelSettings(**sizes, num_hidden_layers=1, num_attention_heads=2),
+        data=DataConfig(train=str(tmp_path / "pair"), sequence_length=8, **data),
+        train=TrainConfig(steps=1, global_batch=1, precision="fp32"),
+        checkpoint=CheckpointConfig(save=str(tmp_path / "save") if save else None),
+    )
+    with caplog.at_level("INFO", "megatron.train"), build_trainer(config, world):
+        pass
+    assert any("data.order=stable" in line for line in caplog.messages) is said
 
 
 def plan(world_size: int, **sections: dict[str, Any]) -> Plan:

@@ -11,9 +11,12 @@ from megatron.train.metrics import Metrics, progress_line
 from megatron.train.sinks import Sink
 from megatron.train.state import Progress
 from megatron.train.step import StepOutcome
+from megatron.utils.errors import TrainingError
 from megatron.utils.logging import get_logger
 
 _logger = get_logger("megatron.train")
+
+_MOST_SKIPPED = 10  # updates in a row: a gradient that overflows by chance is finite again soon
 
 
 class Hook(Protocol):
@@ -25,7 +28,8 @@ class Hook(Protocol):
 class Report:
     """Figures to the sinks and a line for people; with them the validation loss, where it is due.
 
-    All ranks hold the figures; those with sinks write them.
+    All ranks hold the figures; those with sinks write them. Where they tell that no update has been made for long, the
+    run ends with a TrainingError, before anything is saved over what was trained.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class Report:
                 sink.write(progress.step, figures)
             except OSError as error:  # a full disk there is no reason to lose the run
                 _logger.warning("the figures of step %d were not written: %s", progress.step, error)
+        if self.metrics.skipped_in_a_row >= _MOST_SKIPPED:
+            raise _no_updates(progress.step, self.metrics.skipped_in_a_row)
 
 
 class CollectGarbage:
@@ -79,6 +85,16 @@ class CollectGarbage:
 
     def __exit__(self, *_: object) -> None:
         gc.enable()
+
+
+def _no_updates(step: int, skipped: int) -> TrainingError:
+    return TrainingError(
+        f"the last {skipped} updates, of steps {step - skipped + 1} to {step}, were skipped since the gradient was not "
+        f"finite; {_MOST_SKIPPED} in a row are taken for a run that has diverged. Nothing was saved now. Continue from "
+        "a checkpoint well before these steps (move later ones out of checkpoint.save) with a lower "
+        "optimizer.learning_rate, or a longer optimizer.warmup_steps if the run is young; if it happens in the first "
+        "steps, the weights it starts from are not finite or do not suit train.precision."
+    )
 
 
 class Save:

@@ -33,6 +33,7 @@ class Metrics:
     def __init__(self, speed: Speed, progress: Progress) -> None:
         self._speed = speed
         self._skipped: list[torch.Tensor] = []
+        self.skipped_in_a_row = 0  # up to the last step that figures were asked for
         self._outcome: StepOutcome | None = None
         self._mark(progress)
 
@@ -57,9 +58,11 @@ class Metrics:
         """Figures of the last step and rates since the last call; waits for the device."""
         assert self._outcome is not None, "no step was recorded"
         outcome = self._outcome
-        skipped = torch.stack(self._skipped).sum()
-        values = torch.stack([value.to(torch.float64) for value in (outcome.loss, outcome.grad_norm, skipped)])
-        loss, grad_norm, skips = values.tolist()
+        values = [value.to(torch.float64) for value in (outcome.loss, outcome.grad_norm, *self._skipped)]
+        loss, grad_norm, *skipped = torch.stack(values).tolist()
+        skips = sum(skipped)
+        for skip in skipped:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
         elapsed_s = max(time.perf_counter() - self._started - self._paused_s, 1e-9)
         tokens = progress.consumed_tokens - self._tokens
         rate = tokens / elapsed_s

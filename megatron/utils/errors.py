@@ -31,6 +31,12 @@ class CheckpointError(MegatronError):
     """A checkpoint or model folder is missing, damaged or does not fit."""
 
 
+class TrainingError(MegatronError):
+    """Training does not get on, on all ranks alike, and going on would change nothing about it."""
+
+    met_by = "world"
+
+
 class ResourceError(MegatronError):
     """This process ran out of something: device memory, disk space, time."""
 

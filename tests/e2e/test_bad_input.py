@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron.data.indexed import IndexedWriter
 
@@ -195,3 +196,17 @@ def test_bad_validation_data_that_one_rank_reads_stops_all_after_a_save(
     result = program.run(words, ranks, expect=2)
     assert result.errors.count("error:") == 1 and "holds the token 60000" in result.errors
     assert result.output == ""
+
+
+def test_a_run_that_makes_no_updates_ends_without_a_save(program: Program, llama: Material, tmp_path: Path) -> None:
+    """A weight that is not finite: no gradient is, on any rank, and all end alike."""
+    shutil.copytree(llama.model, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    words = [*_train(llama), "--model.init_from", tmp_path / "model", "--train.steps", "30", "--log.interval", "4"]
+    result = program.run([*words, "--checkpoint.save", tmp_path / "save"], 2, expect=2)
+    assert result.errors.count("error:") == 1 and "of steps 1 to 12, were skipped" in result.errors
+    assert "Traceback" not in result.errors
+    assert not any((tmp_path / "save").iterdir())

@@ -91,6 +91,18 @@ def test_skipped_steps_are_counted_once() -> None:
     assert "skipped_steps" not in metrics.figures(progress)
 
 
+def test_skipped_steps_in_a_row_are_counted_over_lines_and_begin_anew_after_an_update() -> None:
+    progress = Progress()
+    metrics = Metrics(SPEED, progress)
+    counts = []
+    for skips in ([1.0, 1.0], [1.0], [1.0, 0.0, 1.0], [0.0]):
+        for skipped in skips:
+            advance(metrics, progress, [5.0], skipped)
+        metrics.figures(progress)
+        counts.append(metrics.skipped_in_a_row)
+    assert counts == [2, 3, 1, 0]
+
+
 def test_progress_line() -> None:
     figures = {
         "loss": 2.34567,

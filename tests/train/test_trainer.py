@@ -17,7 +17,7 @@ from megatron.train.signals import StopWish
 from megatron.train.state import Progress
 from megatron.train.step import StepOutcome
 from megatron.train.trainer import Trainer
-from megatron.utils.errors import DataError
+from megatron.utils.errors import DataError, TrainingError
 
 from .conftest import random_batch
 
@@ -159,6 +159,31 @@ def test_intervals() -> None:
     assert [step for step, line in figures.items() if "validation_loss" in line] == evaluated
     assert figures[6]["validation_perplexity"] == pytest.approx(7.389056)
     assert saved == [5, 10]
+
+
+@pytest.mark.parametrize(("skips", "ended_at"), [(range(6, 16), 15), (range(6, 15), None), (range(8, 40), 20)])
+def test_ten_skipped_updates_in_a_row_end_the_run_without_a_save(
+    world: World, skips: range, ended_at: int | None
+) -> None:
+    """Judged where figures are read anyway, every fifth step; the checkpoint before all these stays the newest."""
+    diary = Diary(world, steps=25)
+    metrics, sheet = Metrics(Speed(1.0, None, 1), diary.progress), Sheet()
+    report = Report(metrics, [sheet], steps=25, interval=5, evaluate=None, evaluate_interval=None)
+    diary.trainer.hooks = [report, Save(diary.trainer.save, metrics, 5)]
+    one = torch.ones(())
+
+    def step(micro_batches: Any, number: int) -> StepOutcome:
+        return StepOutcome(one, one, one, one * (number in skips), 0.0)
+
+    diary.trainer.step = step
+    if ended_at is None:
+        diary.trainer.fit()
+        assert diary.lines[-1] == "save 25"
+        return
+    with pytest.raises(TrainingError, match=rf"of steps {skips.start} to {ended_at}, .*optimizer\.learning_rate"):
+        diary.trainer.fit()
+    assert diary.progress.step == ended_at and ended_at in sheet.figures
+    assert diary.lines == [f"save {number}" for number in range(5, ended_at, 5)]
 
 
 def test_nothing_is_evaluated_or_saved_unasked() -> None:

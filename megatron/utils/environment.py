@@ -71,3 +71,8 @@ def _list(found: dict[str, str | None]) -> str:
 def request_deterministic_products() -> None:
     """Ask cuBLAS for workspaces with which its matrix products are deterministic, unless the user chose some."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def wished_compiler() -> str | None:
+    """The C++ compiler that the user named for builds, if any."""
+    return os.environ.get("CXX") or None

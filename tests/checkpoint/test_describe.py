@@ -124,7 +124,7 @@ def test_token_files(shared: Path, capsys, ending: str) -> None:
     text = capsys.readouterr().out
     assert "1,361,845" in text and "1,000" in text
     assert main(["inspect", f"{prefix}{ending}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["documents"] == "1,000"
+    assert json.loads(capsys.readouterr().out)["documents"] == 1000
     assert main(["inspect", f"{prefix}{ending}", "--verify"]) == 2
 
 

@@ -144,7 +144,8 @@ def test_a_wish_to_stop_saves_and_exits(
     ended = run.wait()
     assert ended.codes == [0] * ranks, ended.errors
     stopped_at = job.newest()
-    assert wished_at < stopped_at < STEPS, "it stopped in the middle"
+    # A rank may hear of the wish while it ends the very step whose figures were seen.
+    assert wished_at <= stopped_at < STEPS, "it stopped in the middle"
     assert stopped_at <= wished_at + 4, "and soon"
     assert f"stopped after step {stopped_at} ({'found' if how == 'STOP file' else f'received {how}'}" in ended.errors
     assert job.steps_logged() == stopped_at, "all ranks stopped after the step that is saved"

@@ -6,11 +6,12 @@
 #   make lint         ruff, mypy, import-linter, generated pages up to date
 #   make bench        benchmarks
 #   make docs         write the generated pages
+#   make gpu-check    on a machine with a GPU: try everything that this project could not, write a report to send
 #   make cuda-check   without a GPU: build and load the CUDA kernels in .venv-cuda/ (5.5 GB), run the model on fakes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test lint bench docs cuda-check
+.PHONY: help venv quickstart test lint bench docs gpu-check cuda-check
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -54,6 +55,9 @@ bench: venv
 
 docs: venv
 	$(BIN)/python -m megatron.config.reference docs/configuration.md
+
+gpu-check: venv
+	$(BIN)/python -m tools.gpu_check
 
 # Its own environment, since a CUDA build of torch is several gigabytes and CI's is a CPU build; and its own copy of the
 # sources, so that what is built there is not met here.

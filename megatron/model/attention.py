@@ -8,6 +8,7 @@ from torch import nn
 from megatron.kernels.attention import Attend, causal_attention
 from megatron.kernels.rotary import rotary_split
 from megatron.model.config import ModelConfig
+from megatron.model.recompute import computed_again
 from megatron.parallel.layers import ShardedParameter, column_linear, row_linear
 from megatron.parallel.layout import Piece, Region, ShardSpec
 from megatron.parallel.mesh import ParallelContext
@@ -20,10 +21,16 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, context: ParallelContext, prefix: str, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        context: ParallelContext,
+        prefix: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        recompute_order: bool = False,
     ) -> None:
         super().__init__()
-        self.context = context
+        self.context, self.recompute_order = context, recompute_order
         self.attend: Attend = causal_attention
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // context.tp.size
@@ -37,8 +44,15 @@ class Attention(nn.Module):
         fused = column_linear(hidden, self.qkv, self.context)  # [s, b, (heads + 2 kv)/tp · d]
         query, key, value = rotary_split(fused, cos, sin, self.num_heads, self.num_key_value_heads)
         mixed = self.attend(query, key, value)  # [b, heads/tp, s, d]
-        mixed = mixed.permute(2, 0, 1, 3).flatten(2).to(fused.dtype)  # [s, b, heads/tp · d]
-        return row_linear(mixed, self.output, self.context)
+        kept, dtype = mixed.detach(), fused.dtype
+        joined = _join_heads(mixed, dtype)
+        with computed_again(joined, lambda: _join_heads(kept, dtype), active=self.recompute_order):
+            return row_linear(joined, self.output, self.context)
+
+
+def _join_heads(mixed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[b, n, s, d] → [s, b, n · d]"""
+    return mixed.permute(2, 0, 1, 3).flatten(2).to(dtype)
 
 
 def attention_specs(config: ModelConfig, context: ParallelContext, prefix: str) -> tuple[ShardSpec, ShardSpec]:

@@ -33,11 +33,10 @@ class Block(nn.Module):
         self.recompute = recompute
         prefix = f"model.layers.{index}"
         self.attention_norm = Norm(config, context, f"{prefix}.input_layernorm.weight", dtype, device)
-        self.attention = Attention(config, context, f"{prefix}.self_attn", dtype, device)
+        selective = recompute == "selective"
+        self.attention = Attention(config, context, f"{prefix}.self_attn", dtype, device, recompute_order=selective)
         self.feed_forward_norm = Norm(config, context, f"{prefix}.post_attention_layernorm.weight", dtype, device)
-        self.feed_forward = FeedForward(
-            config, context, f"{prefix}.mlp", dtype, device, recompute_product=recompute == "selective"
-        )
+        self.feed_forward = FeedForward(config, context, f"{prefix}.mlp", dtype, device, recompute_product=selective)
 
     def forward(
         self, hidden: torch.Tensor, branch: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor

@@ -1,7 +1,8 @@
 """Activations that the backward pass computes again, so that they need not be kept: bitwise the same gradients.
 
-`selective` computes norms and the SwiGLU product again, which costs two passes over memory for each layer (flash
-attention does so with its own core). `full` keeps nothing of a layer but its input, for about a third more FLOPs.
+`selective` computes norms, the SwiGLU product and the order of attention's heads again, which costs a few passes over
+memory for each layer (flash attention does so with its own core). `full` keeps nothing of a layer but its input, for
+about a third more FLOPs.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ def computed_again(tensor: torch.Tensor, compute: Callable[[], torch.Tensor], *,
         yield
         return
 
+    wanted = id(tensor)  # autograd keeps the hooks: they must not hold the tensor itself
+
     def pack(saved: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
-        return compute if saved is tensor else saved
+        return compute if id(saved) == wanted else saved
 
     def unpack(kept: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from megatron.config.train import Recompute
 from megatron.kernels.swiglu import swiglu
@@ -17,26 +18,19 @@ MODEL = ModelConfig(96, 64, 176, 3, 4, 2, 16, initializer_range=0.2)
 
 
 def run(recompute: Recompute, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """(loss, every gradient, bytes that autograd keeps of one forward pass beside the weights)."""
+    """(loss, every gradient, bytes that a forward pass leaves allocated)."""
     model = Transformer(MODEL, single_rank(), dtype, recompute=recompute)
     initialize(model, MODEL, 3)
-    tokens = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(0))
-    kept: dict[int, int] = {}
-    weights = {parameter.data_ptr() for parameter in model.parameters()}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    tokens = torch.randint(0, 96, (2, 129), generator=torch.Generator().manual_seed(0))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = model(tokens[:, :-1], labels=tokens[:, 1:])
+    kept = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
     loss.backward()
-    return loss.detach(), [parameter.grad for parameter in model.parameters()], sum(kept.values())
+    return loss.detach(), [parameter.grad for parameter in model.parameters()], kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("recompute", "at_most"), [("selective", 0.85), ("full", 0.3)])
+@pytest.mark.parametrize(("recompute", "at_most"), [("selective", 0.75), ("full", 0.2)])
 def test_gradients_are_the_same_bits_and_less_is_kept(dtype: torch.dtype, recompute: Recompute, at_most: float) -> None:
     loss, gradients, kept = run("none", dtype)
     again, gradients_again, kept_again = run(recompute, dtype)

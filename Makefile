@@ -6,12 +6,13 @@
 #   make lint         ruff, mypy, import-linter, generated pages up to date
 #   make bench        benchmarks
 #   make docs         write the generated pages
+#   make sanitize     find data races between the threads of CUDA kernels, on the host (nightly)
 #   make gpu-check    on a machine with a GPU: try everything that this project could not, write a report to send
 #   make cuda-check   without a GPU: build and load the CUDA kernels in .venv-cuda/ (5.5 GB), run the model on fakes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test lint bench docs gpu-check cuda-check
+.PHONY: help venv quickstart test lint bench docs sanitize gpu-check cuda-check
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -22,7 +23,7 @@ help:
 venv: $(STAMP)
 
 # torch first and pinned: with an open range pip would look for the newest build, of several gigabytes.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.h csrc/*/*)
 	@for candidate in python3.11 python3.12 python3.13 python3 python; do \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found="$$candidate"; break; fi; \
 	done; \
@@ -52,6 +53,9 @@ lint: venv
 
 bench: venv
 	@for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
+
+sanitize: venv
+	$(BIN)/python -m tests.cuda_host.races
 
 docs: venv
 	$(BIN)/python -m megatron.config.reference docs/configuration.md

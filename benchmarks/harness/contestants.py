@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron.config.train import Recompute
 from megatron.data.loader import MicroBatch
 from megatron.model.config import ModelConfig
 
@@ -25,6 +26,7 @@ class Contestant:
     tensor: int = 1
     pipeline: int = 1
     compiled: bool = False
+    recompute: Recompute = "none"
     peers: tuple[str, ...] = ()  # whom the report compares it with
     note: str = ""
 
@@ -43,6 +45,9 @@ MASTERS = f"{OURS} in bf16: bf16 weights; gradients, masters and moments float32
 
 ONE_PROCESS = (
     Contestant(OURS, "ours", ("megatron",), peers=("transformers", "transformers-compiled", "litgpt")),
+    Contestant(
+        f"{OURS}-selective", "ours", ("megatron",), recompute="selective", peers=("transformers", "litgpt", OURS)
+    ),
     Contestant("transformers", "with_transformers", ("transformers",)),
     Contestant("transformers-compiled", "with_transformers", ("transformers",), compiled=True),
     Contestant("litgpt", "with_litgpt", ("litgpt",)),
@@ -58,7 +63,7 @@ TWO_PROCESSES = (
 
 @dataclass(frozen=True)
 class Workload:
-    """The model and the batch of one data rank. The default model is the issue's Llama of 56 M parameters."""
+    """The model and the batch of one data rank. The default model is a Llama of 56 M parameters."""
 
     vocab_size: int = 32000
     hidden_size: int = 512

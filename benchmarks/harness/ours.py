@@ -19,7 +19,7 @@ def build(contestant: Contestant, workload: Workload, dtype: torch.dtype) -> Tra
     """Weights in `dtype`; gradients, masters and moments in float32. ZeRO-1 over two data ranks, sequence parallel."""
     world = start_world(timeout_s=600.0)
     context = _context(contestant, workload, world)
-    model = Transformer(workload.model, context, dtype)
+    model = Transformer(workload.model, context, dtype, recompute=contestant.recompute)
     initialize(model, workload.model, seed=1)
     step = TrainingStep(
         model,

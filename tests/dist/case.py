@@ -19,7 +19,7 @@ from megatron.parallel.layers import ShardedParameter
 from megatron.parallel.layout import Region
 from megatron.parallel.mesh import Grid, connect
 from megatron.train.step import TrainingStep
-from tests.dist.strict import Log, strict_maker
+from tests.dist.strict import Communicators, Log
 
 SEQUENCE_LENGTH = 16
 STEPS = 2
@@ -125,14 +125,14 @@ def run_case(
     native.select(backend, "cpu")
 
     log = Log()
+    communicators = Communicators(log, strict)
     with mutated(mutation):
         context = connect(
             case.grid,
             rank,
             sequence=case.sequence,
             num_key_value_heads=case.key_value_heads,
-            timeout_s=60.0,
-            make=strict_maker(log) if strict else None,
+            make=communicators.make,
         )
         model = Transformer(case.model, context, torch.float64, recompute=case.recompute)
         step = TrainingStep(
@@ -155,6 +155,7 @@ def run_case(
     result.weights = _weights(model)
     result.padding = _padding(model)
     result.log, result.open_works = log.issued, log.open_works
+    communicators.close()
     return result
 
 

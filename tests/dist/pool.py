@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import tempfile
 import time
@@ -73,15 +74,20 @@ def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     with contextlib.suppress(EOFError):
-        while True:
+        for number in itertools.count():
             job, arguments = pipe.recv()
+            # Each job has a world of its own: what groups a job leaves behind keep threads of gloo awake.
+            world = f"{store}-{number}"
+            dist.init_process_group("gloo", store=dist.FileStore(world, size), rank=rank, world_size=size)
             try:
                 pipe.send((False, job(rank, *arguments)))
             except BaseException:
                 pipe.send((True, traceback.format_exc()))
-    Path(store).unlink(missing_ok=True)
+                continue  # this pool is thrown away
+            dist.barrier()
+            dist.destroy_process_group()
+            Path(world).unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -54,8 +54,12 @@ class StrictCommunicator:
         self._inner, self._log = inner, log
         self._name = f"{number}:{inner.ranks}"
         self._random = random.Random(number)
-        self._queue: queue.Queue[tuple[Callable[[], None], StrictWork]] = queue.Queue()
+        self._queue: queue.Queue[tuple[Callable[[], None], StrictWork] | None] = queue.Queue()
         threading.Thread(target=self._run, daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread, once it has run what was issued."""
+        self._queue.put(None)
 
     def all_reduce(self, tensor: torch.Tensor, maximum: bool = False) -> Work:
         private = tensor.clone()
@@ -134,7 +138,10 @@ class StrictCommunicator:
 
     def _run(self) -> None:
         while True:
-            run, work = self._queue.get()
+            job = self._queue.get()
+            if job is None:
+                return
+            run, work = job
             time.sleep(self._random.random() * 2e-3)
             try:
                 run()
@@ -151,12 +158,24 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
 
 
-def strict_maker(log: Log) -> Callable[[tuple[int, ...]], StrictCommunicator]:
-    """Makes strict communicators that report to `log`; numbers those of the same ranks alike on all of them."""
-    made: dict[tuple[int, ...], int] = {}
+class Communicators:
+    """Makes the communicators of one case."""
 
-    def make(ranks: tuple[int, ...]) -> StrictCommunicator:
-        made[ranks] = made.get(ranks, 0) + 1
-        return StrictCommunicator(new_communicator(ranks, 120.0), log, made[ranks])
+    def __init__(self, log: Log, strict: bool) -> None:
+        self._log, self._strict = log, strict
+        self._ranks: list[tuple[int, ...]] = []
+        self._strict_ones: list[StrictCommunicator] = []
 
-    return make
+    def make(self, ranks: tuple[int, ...]) -> TorchCommunicator | StrictCommunicator:
+        """A communicator; strict ones report to the log, those of the same ranks numbered alike on all of them."""
+        plain = new_communicator(ranks, 120.0)
+        if not self._strict:
+            return plain
+        self._ranks.append(ranks)
+        self._strict_ones.append(StrictCommunicator(plain, self._log, self._ranks.count(ranks)))
+        return self._strict_ones[-1]
+
+    def close(self) -> None:
+        """End the threads of strict ones, which would keep their process groups alive."""
+        for communicator in self._strict_ones:
+            communicator.close()

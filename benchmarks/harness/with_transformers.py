@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -48,12 +49,10 @@ def _tensor_parallel(model: Any, dtype: torch.dtype) -> Any:
         model.save_pretrained(folder[0])
     dist.barrier()
     plan: dict[str, Any] = {"tp_plan": "auto"}
-    try:
+    with suppress(ImportError, TypeError):
         from transformers.distributed import DistributedConfig  # from 5 on; before, the bare argument
 
         plan = {"distributed_config": DistributedConfig(tp_plan="auto")}
-    except (ImportError, TypeError):
-        pass
     parallel = AutoModelForCausalLM.from_pretrained(folder[0], dtype=dtype, attn_implementation="sdpa", **plan)
     dist.barrier()
     if dist.get_rank() == 0:

@@ -71,6 +71,8 @@ def _newest(config: RunConfig, world: World) -> str | None:
         found = world.agree(search) if world.launch.rank == 0 else world.agree(lambda: None)
         newest = world.exchange("" if found is None else str(found))[0]
         if not newest:
+            if before is not None:
+                world.raise_together(_nothing_sound(save))
             return None
         damaged = find_damage(Path(newest), world)
         if not damaged:
@@ -78,6 +80,14 @@ def _newest(config: RunConfig, world: World) -> str | None:
         if world.launch.rank == 0:
             warn_ignored(Path(newest), describe_damage(damaged))
         before = step_of(Path(newest).name)
+
+
+def _nothing_sound(save: Path) -> CheckpointError:
+    """A run whose checkpoints are all damaged must not begin anew without being told to."""
+    return CheckpointError(
+        f"checkpoint.save={save} holds checkpoints, but each of them is damaged, as the warnings say. Bring back a copy "
+        "of one, or name another folder in checkpoint.save to begin anew."
+    )
 
 
 def _from_source(path: str, settings: ModelSettings, *, resume: bool) -> Origin:

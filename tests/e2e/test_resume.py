@@ -220,6 +220,18 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_taken(
     assert [path.name for path in job.save.glob("step_*")] == [f"step_{STEPS:07d}"], "made anew, in its place"
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(fresh: MakeJob, finished: MakeJob) -> None:
+    job = fresh(2, STAGES)
+    shutil.copytree(finished(2, STAGES).save, job.save)
+    steps = sorted(path.name for path in job.save.glob("step_*"))
+    for name in steps:
+        change_a_byte(job.save / name / "weights-00000.safetensors")
+    refused = job.run(expect=2)
+    assert refused.errors.count("is ignored") == len(steps) > 1
+    assert refused.errors.count("error:") == 1 and "each of them is damaged" in refused.errors
+    assert sorted(path.name for path in job.save.glob("step_*")) == steps
+
+
 @pytest.mark.parametrize("key", ["checkpoint.load", "model.init_from"])
 def test_a_damaged_start_is_an_error_that_names_the_file(fresh: MakeJob, finished: MakeJob, key: str) -> None:
     job = fresh(2, STAGES)

@@ -85,8 +85,8 @@ def _newest(config: RunConfig, world: World) -> str | None:
 def _nothing_sound(save: Path) -> CheckpointError:
     """A run whose checkpoints are all damaged must not begin anew without being told to."""
     return CheckpointError(
-        f"checkpoint.save={save} holds checkpoints, but each of them is damaged, as the warnings say. Bring back a copy "
-        "of one, or name another folder in checkpoint.save to begin anew."
+        f"checkpoint.save={save} holds checkpoints, but each of them is damaged, as the warnings say. Bring back a "
+        "copy of one, or name another folder in checkpoint.save to begin anew."
     )
 
 

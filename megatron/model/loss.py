@@ -59,10 +59,11 @@ class _HeadLoss(Function):
         sink = sink_of(weight)
         grad_rows = torch.empty_like(rows) if differentiate else None
         grad_weight = torch.zeros_like(factor) if differentiate and sink is None else None
-        losses = []
-        for chunk in _chunks(len(rows), factor):
+        losses, chunks = [], _chunks(len(rows), factor)
+        memory = factor.new_empty((chunks[0].stop, factor.shape[0]))  # for the logits of each chunk in turn
+        for chunk in chunks:
             part = operand(rows[chunk])
-            logits = part @ factor.t()
+            logits = torch.mm(part, factor.t(), out=memory[: len(part)])
             chunk_losses, targets, log_sum_exp, carries = _losses(logits, labels[chunk], first, valid, tp)
             losses.append(chunk_losses.sum())
             if grad_rows is None:

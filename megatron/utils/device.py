@@ -114,7 +114,7 @@ def cpu_multiplies_bfloat16() -> bool:
 def keep_freed_memory(device: torch.device) -> None:
     """Let the C library keep large blocks that the CPU frees, for the next step, instead of returning them.
 
-    A returned block costs a page fault for every four kilobytes when it is asked for again: a tenth of a step's time.
+    A returned block costs a page fault for every four kilobytes when it is asked for again.
     """
     if device.type == "cpu":
         library = ctypes.CDLL(None)

@@ -80,6 +80,7 @@ def test_a_finished_run_says_that_and_nothing_of_steps_to_come(
     )
     with build_trainer(config, world) as trainer:
         trainer.fit()
+    caplog.clear()  # an earlier test may have turned messages on
     shorter = replace(config, train=replace(config.train, steps=2))
     with caplog.at_level("INFO", "megatron.train"), build_trainer(shorter, world) as trainer:
         trainer.fit()

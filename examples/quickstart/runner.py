@@ -152,7 +152,7 @@ def _stopped_at_the_end(process: subprocess.Popen[str]) -> Iterator[None]:
                 process.terminate()  # torchrun passes it on
             process.wait(GRACE_S)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            pass  # it does not listen, or the user will not wait
+            print("      it does not end by itself, or you will not wait: killing it", flush=True)
         finally:
             for pid in family:
                 if pid == process.pid or Path(f"/proc/{pid}").exists():

@@ -63,7 +63,7 @@ def fake_step(device: torch.device, dtype: torch.dtype, spoil: Callable[[Trainin
         model(tokens, labels=tokens)
         if spoil is not None:
             spoil(step)
-        step.gradients.clear()
+        step.gradients.begin(1)
         loss = model(tokens, labels=tokens)
         norm = step.norm.compute()
         not_finite = torch.isfinite(norm).logical_not().to(torch.float32)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron.config.key import key
+
+ScheduleName = Literal["1f1b", "gpipe", "zero_bubble"]
+# How the layers are dealt out, or how many each part of the pipeline holds.
+LayerSplit = Literal["even", "balanced"] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -13,6 +18,23 @@ class ParallelConfig:
 
     tensor: int = key(1, "Ranks that share every layer (keep it inside one machine).", minimum=1)
     pipeline: int = key(1, "Stages that the layers are divided into.", minimum=1)
+    schedule: ScheduleName = key(
+        "1f1b",
+        "Order of the pipeline's work: `1f1b`, interleaved where chunks > 1; `zero_bubble` (ZB-H1): weight gradients "
+        "fill the gaps, for as much memory on every stage as 1f1b needs on the first; `gpipe`: all forward passes "
+        "first, for comparisons.",
+    )
+    chunks: int = key(
+        1,
+        "Parts of the model that each stage holds (virtual stages): the pipeline's idle time is divided by it, "
+        "messages are multiplied.",
+        minimum=1,
+    )
+    layers: LayerSplit = key(
+        "even",
+        "Layers of each part of the pipeline: `even`; `balanced`, which counts the output product too; or a list with "
+        "a number for each part in the order of the layers (pipeline x chunks of them).",
+    )
     sequence: bool | None = key(
         None,
         "Sequence parallelism: split activations along the sequence between tensor-parallel layers. "

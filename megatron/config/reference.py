@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron.config.data import Source
+from megatron.config.parallel import LayerSplit
 from megatron.config.presets import preset_names
 from megatron.config.schema import Key, all_keys, sections
 from megatron.config.values import show, split_optional
@@ -41,7 +42,14 @@ megatron train --config run.yaml --train.steps 200 --optimizer.learning_rate=1e-
 There are {count} keys.
 """
 
-_TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text", Source: "prefix or blend"}
+_TYPES = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    Source: "prefix or blend",
+    LayerSplit: "`even`, `balanced` or a list of numbers",
+}
 
 
 def reference() -> str:

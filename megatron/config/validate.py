@@ -193,7 +193,38 @@ def _division_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[
             f"model.num_key_value_heads={key_heads} can neither be divided among parallel.tensor={tensor} ranks nor "
             f"copied to them evenly (one must divide the other); use {_or(fitting)}",
         )
-    layers = model.get("num_hidden_layers")
+    yield from _layer_problems(config, model)
+
+
+def _layer_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
+    """Whether the layers can be dealt out to the parts of the pipeline."""
+    parallel, layers = config.parallel, model.get("num_hidden_layers")
+    pipeline, parts, counts = parallel.pipeline, parallel.pipeline * parallel.chunks, parallel.layers
+    if parallel.chunks > 1 and (pipeline == 1 or parallel.schedule != "1f1b"):
+        yield Problem(
+            ("parallel.chunks", "parallel.pipeline", "parallel.schedule"),
+            f"parallel.chunks={parallel.chunks} with parallel.pipeline={pipeline} and parallel.schedule="
+            f"{parallel.schedule}: only a pipeline of at least 2 stages under 1f1b has chunks; use parallel.chunks=1",
+        )
+    if isinstance(counts, tuple):
+        if len(counts) != parts:
+            yield Problem(
+                ("parallel.layers", "parallel.pipeline", "parallel.chunks"),
+                f"parallel.layers has {len(counts)} numbers, but parallel.pipeline={pipeline} x parallel.chunks="
+                f"{parallel.chunks} gives {parts} parts; write one number for each part, or use even",
+            )
+        elif layers and sum(counts) != layers:
+            yield Problem(
+                ("parallel.layers", "model.num_hidden_layers"),
+                f"parallel.layers adds up to {sum(counts)}, but model.num_hidden_layers={layers}; "
+                f"{'take away' if sum(counts) > layers else 'add'} {abs(sum(counts) - layers)}, or use even",
+            )
+    elif layers and pipeline <= layers < parts:
+        yield Problem(
+            ("model.num_hidden_layers", "parallel.pipeline", "parallel.chunks"),
+            f"model.num_hidden_layers={layers} is fewer than parallel.pipeline={pipeline} x parallel.chunks="
+            f"{parallel.chunks} = {parts}: each part needs a layer; use {layers // pipeline} chunks or fewer",
+        )
     if layers and layers < pipeline:
         yield Problem(
             ("model.num_hidden_layers", "parallel.pipeline"),
@@ -251,6 +282,14 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
         if train.global_batch % data_ranks == 0:
             text += f", or a micro batch of {_or(_divisors(train.global_batch // data_ranks))}"
         yield Problem(("train.global_batch", "train.micro_batch", "parallel.tensor", "parallel.pipeline"), text)
+    elif parallel.chunks > 1 and train.global_batch // together % parallel.pipeline:
+        yield Problem(
+            ("train.global_batch", "train.micro_batch", "parallel.tensor", "parallel.pipeline", "parallel.chunks"),
+            f"train.global_batch={train.global_batch} gives each data rank {train.global_batch // together} "
+            f"micro-batches, which go through the chunks in groups of parallel.pipeline={parallel.pipeline}; use a "
+            f"global batch of {_or(_multiples_near(train.global_batch, together * parallel.pipeline))}, or "
+            "parallel.chunks=1",
+        )
 
 
 def _divisors(number: int) -> list[int]:

@@ -8,6 +8,7 @@ import typing
 from typing import Any, Literal
 
 from megatron.config.data import Source
+from megatron.config.parallel import LayerSplit
 from megatron.config.schema import Key, nearest_name
 
 
@@ -60,6 +61,8 @@ def _convert_kind(kind: Any, value: Any) -> Any:
         return _convert_choice(typing.get_args(kind), value)
     if kind == Source:
         return _convert_source(value)
+    if kind == LayerSplit:
+        return _convert_layer_split(value)
     return _CONVERTERS[kind](value)
 
 
@@ -117,6 +120,17 @@ def _convert_source(value: Any) -> str | tuple[tuple[float, str], ...]:
     if problems:
         raise ValueProblem("; it ".join(dict.fromkeys(problems)))
     return tuple(pairs)
+
+
+def _convert_layer_split(value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        return str(_convert_choice(("even", "balanced"), value))
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueProblem("must be even, balanced, or a list with the number of layers of each part, as [11, 11, 10]")
+    counts = tuple(_convert_int(count) for count in value)
+    if min(counts) < 1:
+        raise ValueProblem("must give each part at least one layer")
+    return counts
 
 
 def _convert_pair(pair: Any) -> tuple[float, str]:

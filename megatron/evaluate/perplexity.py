@@ -10,7 +10,7 @@ import torch
 from megatron.data.dataset import Dataset
 from megatron.data.loader import BatchLoader, MicroBatch
 from megatron.model.stage import run_micro_batches
-from megatron.model.transformer import Transformer
+from megatron.model.transformer import ChunkedTransformer, Transformer
 from megatron.parallel.agreement import Exchange, agree
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.pipeline.schedule import forward_only
@@ -30,7 +30,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: Transformer, dataset: Dataset, exchange: Exchange, *, micro_batch: int, micro_batches: int = 1
+    model: Transformer | ChunkedTransformer,
+    dataset: Dataset,
+    exchange: Exchange,
+    *,
+    micro_batch: int,
+    micro_batches: int = 1,
 ) -> Evaluation:
     """The mean loss over all samples of `dataset`; every rank gets the result.
 
@@ -40,7 +45,7 @@ def evaluate(
     context = model.context
     device = next(model.parameters()).device
     global_batch = micro_batch * micro_batches * context.data.size
-    actions = forward_only(context.pp.size, micro_batches)[context.pp.rank]
+    actions = forward_only(context.pp.size, micro_batches, len(model.chunks))[context.pp.rank]
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     loader = BatchLoader(
         dataset,

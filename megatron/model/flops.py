@@ -9,11 +9,26 @@ from __future__ import annotations
 from megatron.model.config import ModelConfig
 
 
-def model_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of forward and backward per token, causal attention over sequences of this length."""
+def model_flops_per_token(config: ModelConfig, sequence_length: int, *, causal: bool = True) -> float:
+    """FLOPs of forward and backward per token over sequences of this length; attention's square whole or, causal, half
+    of it."""
+    layers = config.num_hidden_layers * _layer_flops(config, sequence_length, causal)
+    return 3.0 * (layers + _head_flops(config))
+
+
+def head_cost_in_layers(config: ModelConfig, sequence_length: int) -> float:
+    """How many layers cost as much as the output product."""
+    return _head_flops(config) / _layer_flops(config, sequence_length, causal=True)
+
+
+def _layer_flops(config: ModelConfig, sequence_length: int, causal: bool) -> float:
+    """Forward, per token."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    layer = config.hidden_size * (2 * queries + 2 * keys) + 3 * config.hidden_size * config.intermediate_size
-    products = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
-    attention = config.num_hidden_layers * queries * sequence_length
-    return 6.0 * (products + attention)
+    weights = config.hidden_size * (2 * queries + 2 * keys) + 3 * config.hidden_size * config.intermediate_size
+    return 2.0 * weights + (2.0 if causal else 4.0) * queries * sequence_length
+
+
+def _head_flops(config: ModelConfig) -> float:
+    """Forward, per token."""
+    return 2.0 * config.vocab_size * config.hidden_size

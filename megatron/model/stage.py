@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from megatron.model.loss import IGNORED
-from megatron.model.transformer import Transformer
+from megatron.model.transformer import ChunkedTransformer, Transformer
 from megatron.parallel.pipeline.engine import Activations, run_stage
 from megatron.parallel.pipeline.schedule import Action
+from megatron.parallel.weight_gradient import LaterProducts
 
 
 class Batch(Protocol):
@@ -24,25 +25,26 @@ class Batch(Protocol):
 
 
 def run_micro_batches(
-    model: Transformer,
+    model: Transformer | ChunkedTransformer,
     micro_batches: Sequence[Batch],
     actions: Sequence[Action],
-    before_last_backward: Callable[[], None] = lambda: None,
+    later: LaterProducts | None = None,
 ) -> torch.Tensor:
     """Run this stage's actions over the micro-batches, all of one shape and on the model's device.
 
     Returns [loss sum, number of loss-carrying tokens] of this data rank, in max(float32, dtype): both are zero except
     on the last stage. Gradients are those of the loss *sum*.
     """
-    context, weight = model.context, next(model.parameters())
+    context, weight, chunks = model.context, next(model.parameters()), model.chunks
     batch, sequence_length = micro_batches[0].tokens.shape
     share = sequence_length // context.tp.size if context.sequence else sequence_length
     activations = Activations((share, batch, model.config.hidden_size), weight.dtype, weight.device)
 
-    def stage(number: int, hidden: torch.Tensor | None) -> torch.Tensor:
-        return model(micro_batches[number].tokens, hidden, micro_batches[number].labels)
+    def stage(number: int, chunk: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        return chunks[chunk](micro_batches[number].tokens, hidden, micro_batches[number].labels)
 
-    loss = run_stage(actions, stage, context, activations, before_last_backward)
-    counts = [micro_batch.labels.ne(IGNORED).sum() for micro_batch in micro_batches] if model.is_last else []
+    loss = run_stage(actions, stage, context, activations, chunks=len(chunks), later=later)
+    is_last = chunks[-1].is_last
+    counts = [micro_batch.labels.ne(IGNORED).sum() for micro_batch in micro_batches] if is_last else []
     count = torch.stack(counts).sum().to(loss.dtype) if counts else torch.zeros_like(loss)
     return torch.stack((loss, count))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -12,16 +14,17 @@ from megatron.model.config import ModelConfig
 from megatron.model.norm import Norm
 from megatron.model.vocabulary import Embedding, Head
 from megatron.parallel.mesh import ParallelContext
-from megatron.parallel.pipeline.partition import layers_of_stage
+from megatron.parallel.pipeline.partition import Part, cut, parts_of_stage
 from megatron.utils.errors import ConfigError
 
 FINAL_NORM = "model.norm.weight"
 
 
 class Transformer(nn.Module):
-    """The part of a Llama model that this rank holds.
+    """A part of a Llama model: all that this rank holds, or one chunk of it.
 
-    Raises ConfigError where the model cannot be cut over the context's grid.
+    Without a `part` the layers are dealt out evenly to the pipeline's stages. Raises ConfigError where the model cannot
+    be cut over the context's grid.
     """
 
     def __init__(
@@ -31,21 +34,27 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: Recompute = "none",
+        part: Part | None = None,
     ) -> None:
         super().__init__()
         check_divisible(config, context)
         device = torch.device(device)
+        part = part or cut(config.num_hidden_layers, context.pp.size)[context.pp.rank]
         self.config, self.context = config, context
-        self.is_first, self.is_last = context.pp.rank == 0, context.pp.rank == context.pp.size - 1
+        self.is_first, self.is_last = part.first, part.last
         shared = config.tie_word_embeddings and self.is_first and self.is_last
         if self.is_first:
             self.embedding = Embedding(config, context, dtype, device, uses=2 if shared else 1)
-        layers = layers_of_stage(config.num_hidden_layers, context.pp.size, context.pp.rank)
-        self.blocks = nn.ModuleList(Block(config, context, index, dtype, device, recompute) for index in layers)
+        self.blocks = nn.ModuleList(Block(config, context, index, dtype, device, recompute) for index in part.layers)
         if self.is_last:
             self.final_norm = Norm(config, context, FINAL_NORM, dtype, device)
             self.head = Head(config, context, dtype, device, weight=self.embedding.weight if shared else None)
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def chunks(self) -> list[Transformer]:
+        """This part alone, as a stage of one chunk."""
+        return [self]
 
     def forward(
         self, tokens: torch.Tensor, hidden: torch.Tensor | None = None, labels: torch.Tensor | None = None
@@ -75,6 +84,35 @@ class Transformer(nn.Module):
                 sequence_length, self.config.head_dim, self.config.rope_theta, like.dtype, like.device
             )
         return self._tables
+
+
+class ChunkedTransformer(nn.Module):
+    """The parts of a model that one stage of an interleaved pipeline holds, in the order of the layers."""
+
+    def __init__(self, chunks: Sequence[Transformer]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(chunks)
+        self._chunks = list(chunks)
+        self.config, self.context = chunks[0].config, chunks[0].context
+
+    @property
+    def chunks(self) -> list[Transformer]:
+        """The parts, in order."""
+        return self._chunks
+
+
+def build_stage(
+    config: ModelConfig,
+    context: ParallelContext,
+    parts: Sequence[Part],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    recompute: Recompute = "none",
+) -> Transformer | ChunkedTransformer:
+    """What this rank holds of a model that is cut into `parts`, those of all stages."""
+    mine = parts_of_stage(parts, context.pp.size, context.pp.rank)
+    chunks = [Transformer(config, context, dtype, device, recompute, part) for part in mine]
+    return chunks[0] if len(chunks) == 1 else ChunkedTransformer(chunks)
 
 
 def check_divisible(config: ModelConfig, context: ParallelContext) -> None:

@@ -1,8 +1,8 @@
-"""Sums gradients over the ranks that read different samples, while the last backward pass still runs.
+"""Sums gradients over the ranks that read different samples, while the last backward passes still run.
 
-Layers add their weight gradients to a bucket and report it. During the last backward of a step a bucket whose
-parameters have all reported is reduced at once, in one fixed order of buckets on all ranks. After that the owned
-ranges of parameters whose copies each hold a part (`Piece.partial`) are summed over those copies.
+Layers add their weight gradients to a bucket and report it. A bucket whose parameters have all reported as often as
+the step's backward passes use them is reduced at once, in one fixed order of buckets on all ranks. After that the
+owned ranges of parameters whose copies each hold a part (`Piece.partial`) are summed over those copies.
 """
 
 from __future__ import annotations
@@ -15,53 +15,51 @@ from megatron.parallel.buckets import Bucket
 from megatron.parallel.collectives import all_reduce, start_all_reduce
 from megatron.parallel.communicator import Work
 from megatron.parallel.mesh import ParallelContext
-from megatron.parallel.weight_gradient import GradientSink, attach_sink, sink_of
+from megatron.parallel.weight_gradient import GradientSink, LaterProducts, attach_sink, sink_of
 
 
 class GradientReducer:
     """Gradient accumulation and reduction of one model over `context.grad`.
 
-    A step: `clear`, any number of backward passes with `begin_last_backward` before the last, `finish`.
+    A step: `begin`, that many backward passes through each chunk of the model, `finish`. `later` keeps the weights'
+    products of schedules that put them off.
     """
 
     def __init__(self, buckets: list[Bucket], context: ParallelContext, *, zero: int) -> None:
         self.buckets, self.context, self.sharded = buckets, context, zero > 0
+        self.later = LaterProducts()
         self._missing: list[int] = []
         self._next = 0
         self._works: list[Work] = []
-        self._last = False
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
                 buffer = bucket.gradients[slot.start : slot.stop].view(slot.spec.shape)
-                attach_sink(slot.parameter, GradientSink(buffer, functools.partial(self._report, index)))
+                report = functools.partial(self._report, index)
+                attach_sink(slot.parameter, GradientSink(buffer, report, self.later))
                 if not slot.is_matrix:
                     slot.parameter.register_post_accumulate_grad_hook(_to_sink)
 
-    def clear(self) -> None:
-        """Forget all gradients: the beginning of a step."""
+    def begin(self, backward_passes: int) -> None:
+        """Forget all gradients: the beginning of a step, whose micro-batches are as many as `backward_passes`."""
+        uses = [sum(slot.parameter.uses for slot in bucket.slots) for bucket in self.buckets]
+        self._missing = [backward_passes * count for count in uses]
+        self._next, self._works = 0, []
         for bucket in self.buckets:
             for slot in bucket.slots:
                 sink = sink_of(slot.parameter)
                 assert sink is not None
                 sink.clear()
 
-    def begin_last_backward(self) -> None:
-        """From now on a reported gradient is final."""
-        self._missing = [sum(slot.parameter.uses for slot in bucket.slots) for bucket in self.buckets]
-        self._next, self._works, self._last = 0, [], True
-
     def finish(self) -> None:
         """Wait until the owned ranges hold the sums over the data ranks, then sum the parts that copies hold."""
         assert self._next == len(self.buckets), f"gradients of buckets {self._next}… were never reported"
         for work in self._works:
             work.wait()
-        self._works, self._last = [], False
+        self._works = []
         self._sum_copies()
 
     def _report(self, index: int) -> None:
         """A gradient of bucket `index` was added."""
-        if not self._last:
-            return
         self._missing[index] -= 1
         assert self._missing[index] >= 0, f"bucket {index} got more gradients than its parameters have uses"
         while self._next < len(self.buckets) and self._missing[self._next] == 0:

@@ -86,7 +86,8 @@ class ParallelContext:
     tp: shares of every layer; pp: stages; data: who reads which samples; grad: over whom gradients are summed;
     model: over whom norms are summed; loss: over whom loss sums and token counts are summed (all but tensor);
     embed: first and last stage, which both hold a tied embedding; kv: tensor ranks that hold the same key/value head;
-    forward, backward: the pipeline again, one communicator for each direction of messages; world: everybody.
+    forward, backward: the pipeline again, one communicator for each direction of messages; forward_wrap,
+    backward_wrap: the same between the last stage and the first, in a pipeline of several chunks; world: everybody.
     `sequence` tells whether activations between blocks are split along the sequence over tp.
     """
 
@@ -102,6 +103,8 @@ class ParallelContext:
     kv: Axis
     forward: Axis
     backward: Axis
+    forward_wrap: Axis
+    backward_wrap: Axis
     world: Axis
     sequence: bool = False
 
@@ -119,7 +122,7 @@ def describe(
     grid: Grid, rank: int, *, sequence: bool = False, num_key_value_heads: int | None = None
 ) -> ParallelContext:
     """The context of any rank of any grid, without communicators: for layouts and plans."""
-    return _build(grid, rank, sequence, num_key_value_heads, None)
+    return _build(grid, rank, sequence, num_key_value_heads, False, None)
 
 
 def connect(
@@ -128,14 +131,16 @@ def connect(
     *,
     sequence: bool = False,
     num_key_value_heads: int | None = None,
+    wraps: bool = False,
     timeout_s: float = 1800.0,
     make: MakeCommunicator | None = None,
 ) -> ParallelContext:
     """The context of this rank with its process groups; all ranks of an initialised world call it together.
 
-    `make` makes the communicator of a group that this rank is in (tests pass a stricter one).
+    `wraps` is for pipelines of several chunks, whose last stage sends to the first. `make` makes the communicator of a group that this rank is in (tests pass a stricter one).
     """
-    return _build(grid, rank, sequence, num_key_value_heads, make or (lambda ranks: new_communicator(ranks, timeout_s)))
+    make = make or (lambda ranks: new_communicator(ranks, timeout_s))
+    return _build(grid, rank, sequence, num_key_value_heads, wraps, make)
 
 
 def key_value_copies(tensor: int, num_key_value_heads: int | None) -> int:
@@ -151,7 +156,12 @@ def key_value_copies(tensor: int, num_key_value_heads: int | None) -> int:
 
 
 def _build(
-    grid: Grid, rank: int, sequence: bool, num_key_value_heads: int | None, make: MakeCommunicator | None
+    grid: Grid,
+    rank: int,
+    sequence: bool,
+    num_key_value_heads: int | None,
+    wraps: bool,
+    make: MakeCommunicator | None,
 ) -> ParallelContext:
     copies = key_value_copies(grid.tensor, num_key_value_heads)
     pipelines = grid.groups("pipeline")
@@ -166,10 +176,13 @@ def _build(
         "kv": [group[at : at + copies] for group in tensor_groups for at in range(0, grid.tensor, copies)],
         "forward": pipelines,
         "backward": pipelines,
+        "forward_wrap": pipelines,
+        "backward_wrap": pipelines,
         "world": grid.groups("tensor", "data", "pipeline"),
     }
     # Stages speak over `forward` and `backward`; `pp` only counts them.
-    axes = {name: _axis(name, groups, rank, make if name != "pp" else None) for name, groups in members.items()}
+    silent = {"pp"} if wraps else {"pp", "forward_wrap", "backward_wrap"}
+    axes = {name: _axis(name, groups, rank, None if name in silent else make) for name, groups in members.items()}
     # Gradients are summed over the ranks that read different samples; context parallelism would widen this axis.
     return ParallelContext(grid=grid, rank=rank, sequence=sequence and grid.tensor > 1, grad=axes["data"], **axes)
 

@@ -7,7 +7,8 @@ gets the gradient as usual. So accumulation, overlap with communication and a de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,15 +17,46 @@ from megatron.kernels.products import Accumulate, operand
 _SINK = "gradient_sink"
 
 
+class LaterProducts:
+    """Products that give weight gradients, put off: a schedule with a backward pass in two parts runs them later."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Hashable, list[Callable[[], None]]] = {}
+        self._collecting: list[Callable[[], None]] | None = None
+
+    @contextmanager
+    def collecting(self, place: Hashable) -> Iterator[None]:
+        """Within it products are kept under `place`, with the tensors they need."""
+        self._collecting = self._waiting[place] = []
+        try:
+            yield
+        finally:
+            self._collecting = None
+
+    def run(self, place: Hashable) -> None:
+        """Run what was kept under `place`, in the order in which it came."""
+        with torch.no_grad():
+            for product in self._waiting.pop(place):
+                product()
+
+    def keep(self, product: Callable[[], None]) -> bool:
+        """Keep a product for later, where products are collected; else False."""
+        if self._collecting is None:
+            return False
+        self._collecting.append(product)
+        return True
+
+
 class GradientSink:
     """A parameter's place in a gradient bucket: `buffer` has its shape, `report` is told after each addition.
 
     After `clear` the first addition overwrites what the buffer holds, which saves a pass that would set it to zero.
     """
 
-    def __init__(self, buffer: torch.Tensor, report: Callable[[], None]) -> None:
+    def __init__(self, buffer: torch.Tensor, report: Callable[[], None], later: LaterProducts | None = None) -> None:
         self.buffer = buffer
         self.report = report
+        self.later = later
         self.accumulate: Accumulate | None = None  # in one product, where dtypes differ and a library can
         self._empty = True
 
@@ -41,9 +73,14 @@ class GradientSink:
         self.report()
 
     def add_product(self, grad_output: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Add grad_outputᵀ [n, out] · inputs [n, in]."""
-        self.accumulate_product(grad_output, inputs)
-        self.report()
+        """Add grad_outputᵀ [n, out] · inputs [n, in], now or when the schedule has put it."""
+
+        def add() -> None:
+            self.accumulate_product(grad_output, inputs)
+            self.report()
+
+        if self.later is None or not self.later.keep(add):
+            add()
 
     def accumulate_product(self, grad_output: torch.Tensor, inputs: torch.Tensor) -> None:
         """Add a part of what `report` will be told of later."""

@@ -25,10 +25,11 @@ from megatron.data.build import (
 )
 from megatron.data.loader import BatchLoader
 from megatron.evaluate.perplexity import Evaluation, evaluate
-from megatron.model.flops import model_flops_per_token
-from megatron.model.transformer import Transformer
+from megatron.model.config import ModelConfig
+from megatron.model.flops import head_cost_in_layers, model_flops_per_token
+from megatron.model.transformer import ChunkedTransformer, Transformer, build_stage
 from megatron.parallel.mesh import Grid, ParallelContext, connect
-from megatron.parallel.pipeline.partition import describe_partition
+from megatron.parallel.pipeline.partition import Part, cut, describe_partition
 from megatron.parallel.world import World
 from megatron.tokenizer import find_tokenizer, load_tokenizer
 from megatron.train.checkpoints import Checkpoints, check_resume, start_from
@@ -63,21 +64,30 @@ class Plan:
     samples: int
     decay_steps: int
     micro_batches: int
+    parts: tuple[Part, ...]
 
 
-def make_plan(config: RunConfig, origin: Origin, world_size: int) -> Plan:
+def make_plan(config: RunConfig, model: ModelConfig, world_size: int) -> Plan:
     """Fill in what the configuration leaves open. Raises ConfigError for what cannot be run on this many processes."""
-    validate_grid(config, world_size, dataclasses.asdict(origin.model))
+    validate_grid(config, world_size, dataclasses.asdict(model))
     parallel, train = config.parallel, config.train
     grid = Grid.of_world(world_size, parallel.tensor, parallel.pipeline)
+    sequence_length = config.data.sequence_length or model.max_position_embeddings
+    parts = cut(
+        model.num_hidden_layers,
+        parallel.pipeline * parallel.chunks,
+        parallel.layers,
+        head_cost_in_layers(model, sequence_length),
+    )
     return Plan(
         grid=grid,
-        sequence_length=config.data.sequence_length or origin.model.max_position_embeddings,
+        sequence_length=sequence_length,
         sequence_parallel=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
         zero=int(grid.data > 1) if parallel.zero is None else parallel.zero,
         samples=config.data.samples or train.steps * train.global_batch,
         decay_steps=config.optimizer.decay_steps or train.steps,
         micro_batches=train.global_batch // (train.micro_batch * grid.data),
+        parts=tuple(parts),
     )
 
 
@@ -87,7 +97,7 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
     world.agree(lambda: _prepare_folders(config, world))
     seed_everything(config.train.seed, config.train.deterministic)
     origin = find_origin(config, world)
-    plan = world.agree(lambda: make_plan(config, origin, world.launch.world_size))
+    plan = world.agree(lambda: make_plan(config, origin.model, world.launch.world_size))
     carried = world.agree(lambda: _check_tokenizer(config, origin))
     data_state = world.agree(lambda: describe_order(config, plan))
     progress = world.agree(lambda: _restore_progress(config, origin, data_state))
@@ -96,10 +106,11 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         world.launch.rank,
         sequence=plan.sequence_parallel,
         num_key_value_heads=origin.model.num_key_value_heads,
+        wraps=config.parallel.chunks > 1,
         timeout_s=config.parallel.timeout_s,
     )
     vendor = choose_kernels(config.kernels, origin.model, plan.grid.tensor, world)
-    step = _build_step(config, plan, origin, context, world)
+    step = build_step(config, plan, origin.model, context, world.device)
     install(vendor, step.model)
     world.agree(lambda: start_from(origin, step, config.train.seed))
     if origin.source is not None:
@@ -223,17 +234,19 @@ def _restore_progress(config: RunConfig, origin: Origin, data_state: dict[str, A
     return Progress.from_dict(origin.source.state or {}, str(origin.source.folder))
 
 
-def _build_step(config: RunConfig, plan: Plan, origin: Origin, context: ParallelContext, world: World) -> TrainingStep:
-    model = Transformer(
-        origin.model, context, DTYPES[config.train.precision], world.device, recompute=config.train.recompute
-    )
+def build_step(
+    config: RunConfig, plan: Plan, model: ModelConfig, context: ParallelContext, device: torch.device
+) -> TrainingStep:
+    """This rank's part of the model, weights not yet filled, and the step over it."""
+    dtype = DTYPES[config.train.precision]
     return TrainingStep(
-        model,
+        build_stage(model, context, plan.parts, dtype, device, config.train.recompute),
         context,
         config.optimizer,
         micro_batches=plan.micro_batches,
         zero=plan.zero,
         decay_steps=plan.decay_steps,
+        schedule=config.parallel.schedule,
     )
 
 
@@ -258,7 +271,7 @@ def _open_loader(
 
 
 def _validation(
-    config: RunConfig, plan: Plan, origin: Origin, model: Transformer, world: World
+    config: RunConfig, plan: Plan, origin: Origin, model: Transformer | ChunkedTransformer, world: World
 ) -> Callable[[], Evaluation] | None:
     """A function that evaluates the fixed validation set; None where none is asked for."""
     if config.evaluate.interval is None:
@@ -288,16 +301,17 @@ def _describe_run(
         "model: %s parameters, %d layers (%s), from %s",
         format_count(model.num_parameters),
         model.num_hidden_layers,
-        f"stages of {describe_partition(model.num_hidden_layers, grid.pipeline)}" if grid.pipeline > 1 else "one stage",
+        f"parts of {describe_partition(plan.parts)}" if grid.pipeline > 1 else "one stage",
         origin.description,
     )
     _logger.info(
-        "grid: tensor %d x data %d x pipeline %d on %d %s%s%s; %s; optimizer state %s on rank 0",
+        "grid: tensor %d x data %d x pipeline %d on %d %s%s%s%s; %s; optimizer state %s on rank 0",
         grid.tensor,
         grid.data,
         grid.pipeline,
         grid.world_size,
         "processes" if world.device.type == "cpu" else "GPUs",
+        _describe_pipeline(config) if grid.pipeline > 1 else "",
         ", sequence parallel" if step.context.sequence else "",
         f", ZeRO-{plan.zero}" if plan.zero else "",
         config.train.precision,
@@ -315,3 +329,8 @@ def _describe_run(
     extendable = config.data.order == "stable" or config.data.samples is not None or config.data.train == SYNTHETIC
     if progress.step == 0 and config.checkpoint.save is not None and not extendable:
         _logger.info("more train.steps later need data.samples or data.order=stable now")
+
+
+def _describe_pipeline(config: RunConfig) -> str:
+    chunks = f" of {config.parallel.chunks} chunks a stage" if config.parallel.chunks > 1 else ""
+    return f", {config.parallel.schedule}{chunks}"

@@ -18,7 +18,6 @@ from megatron.config.dump import differences, dump_config, to_dict
 from megatron.config.run import RunConfig
 from megatron.model.config import spell_for_both
 from megatron.model.initialize import initialize
-from megatron.model.transformer import Transformer
 from megatron.optim.adamw import AdamW
 from megatron.parallel.layers import ShardedParameter
 from megatron.parallel.mesh import ParallelContext
@@ -143,11 +142,11 @@ class Checkpoints:
         return any(bucket.owned_weights.numel() < bucket.weights.numel() for bucket in step.buckets)
 
 
-def _weight_regions(model: Transformer) -> Any:
+def _weight_regions(model: torch.nn.Module) -> Any:
     for parameter in model.parameters():
         assert isinstance(parameter, ShardedParameter)
         yield from parameter.spec.regions(parameter.detach(), copies=False)
 
 
-def _dtype_name(model: Transformer) -> str:
+def _dtype_name(model: torch.nn.Module) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")

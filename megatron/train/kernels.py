@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatron.config.kernels import KernelsConfig
 from megatron.kernels import native
 from megatron.kernels.vendor.library import Place
 from megatron.kernels.vendor.select import VendorKernels, load_vendor_kernels
 from megatron.model.attention import Attention
 from megatron.model.config import ModelConfig
-from megatron.model.transformer import Transformer
 from megatron.parallel.weight_gradient import sink_of
 from megatron.parallel.world import World
 from megatron.utils.device import compute_capability
@@ -39,7 +40,7 @@ def choose_kernels(config: KernelsConfig, model: ModelConfig, tensor: int, world
     return vendor
 
 
-def install(vendor: VendorKernels, model: Transformer) -> None:
+def install(vendor: VendorKernels, model: torch.nn.Module) -> None:
     """Have a model whose gradients go to buckets use what libraries contribute."""
     for module in model.modules():
         if isinstance(module, Attention) and vendor.attend is not None:

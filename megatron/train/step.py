@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ScheduleName
 from megatron.model.stage import Batch, run_micro_batches
-from megatron.model.transformer import Transformer
+from megatron.model.transformer import ChunkedTransformer, Transformer
 from megatron.optim.adamw import AdamW
 from megatron.optim.clip import GradientNorm, clip_divisor
 from megatron.optim.learning_rate import learning_rate
@@ -21,7 +22,7 @@ from megatron.parallel.buckets import build_buckets
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.gradients import GradientReducer, gather_weights
 from megatron.parallel.mesh import ParallelContext
-from megatron.parallel.pipeline.schedule import check_schedule, one_forward_one_backward
+from megatron.parallel.pipeline.schedule import make_schedule
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | ChunkedTransformer,
         context: ParallelContext,
         config: OptimizerConfig,
         *,
         micro_batches: int,
         zero: int,
         decay_steps: int,
+        schedule: ScheduleName = "1f1b",
         bucket_elements: int | None = None,
     ) -> None:
         self.model, self.context, self.config, self.decay_steps = model, context, config, decay_steps
@@ -65,14 +67,13 @@ class TrainingStep:
         self.gradients = GradientReducer(self.buckets, context, zero=zero)
         self.norm = GradientNorm(self.buckets, context, zero=zero)
         self.optimizer = AdamW(self.buckets, config)
-        plan = one_forward_one_backward(context.pp.size, micro_batches)
-        check_schedule(plan, micro_batches)
-        self.actions = plan[context.pp.rank]
+        self.micro_batches = micro_batches
+        self.actions = make_schedule(schedule, context.pp.size, micro_batches, len(model.chunks))[context.pp.rank]
 
     def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepOutcome:
         """Train on this data rank's micro-batches as step `step` (from 1)."""
-        self.gradients.clear()
-        totals = run_micro_batches(self.model, micro_batches, self.actions, self.gradients.begin_last_backward)
+        self.gradients.begin(self.micro_batches)
+        totals = run_micro_batches(self.model, micro_batches, self.actions, self.gradients.later)
         self.gradients.finish()
         loss_sum, tokens = all_reduce(totals, self.context.loss)
         tokens = tokens.clamp(min=1.0)

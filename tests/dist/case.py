@@ -9,15 +9,17 @@ import numpy as np
 import torch
 
 from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import LayerSplit, ScheduleName
 from megatron.config.train import Recompute
 from megatron.data.loader import MicroBatch
 from megatron.kernels import native
 from megatron.model.config import ModelConfig
 from megatron.model.initialize import initialize
-from megatron.model.transformer import Transformer
+from megatron.model.transformer import build_stage
 from megatron.parallel.layers import ShardedParameter
 from megatron.parallel.layout import Region
 from megatron.parallel.mesh import Grid, connect
+from megatron.parallel.pipeline.partition import cut
 from megatron.train.step import TrainingStep
 from tests.dist.strict import Communicators, Log
 
@@ -46,6 +48,9 @@ class Case:
     clip: float = 0.5
     bucket_elements: int = 3000
     recompute: Recompute = "none"
+    schedule: ScheduleName = "1f1b"
+    chunks: int = 1
+    split: LayerSplit = "even"
 
     @property
     def grid(self) -> Grid:
@@ -78,6 +83,9 @@ class Case:
                 "sequence": False,
                 "zero": 0,
                 "recompute": "none",
+                "schedule": "1f1b",
+                "chunks": 1,
+                "split": "even",
                 "micro_batches": self.micro_batches * self.data,
             }
         )
@@ -132,9 +140,11 @@ def run_case(
             rank,
             sequence=case.sequence,
             num_key_value_heads=case.key_value_heads,
+            wraps=case.chunks > 1,
             make=communicators.make,
         )
-        model = Transformer(case.model, context, torch.float64, recompute=case.recompute)
+        parts = cut(case.layers, case.pipeline * case.chunks, case.split, head_cost=1.7)
+        model = build_stage(case.model, context, parts, torch.float64, recompute=case.recompute)
         step = TrainingStep(
             model,
             context,
@@ -142,6 +152,7 @@ def run_case(
             micro_batches=case.micro_batches,
             zero=case.zero,
             decay_steps=STEPS,
+            schedule=case.schedule,
             bucket_elements=case.bucket_elements,
         )
         initialize(model, case.model, seed=7)

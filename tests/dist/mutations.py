@@ -14,13 +14,13 @@ from unittest.mock import patch
 
 import torch
 
-from megatron.model import loss
+from megatron.model import loss, stage
 from megatron.optim import clip
 from megatron.parallel import gradients, layers
 from megatron.parallel.buckets import Bucket
 from megatron.parallel.collectives import Done
 from megatron.parallel.pipeline import engine
-from megatron.parallel.weight_gradient import GradientSink
+from megatron.parallel.weight_gradient import GradientSink, LaterProducts
 from megatron.train import step
 
 
@@ -49,7 +49,7 @@ def _padding_has_probability(function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _finish_without_waiting(reducer: gradients.GradientReducer) -> None:
-    reducer._works, reducer._last = [], False
+    reducer._works = []
     reducer._sum_copies()
 
 
@@ -59,18 +59,39 @@ def _gather_without_waiting(buckets: list[Bucket], context: Any) -> None:
 
 
 def _take_without_waiting(mail: Any, action: Any) -> torch.Tensor | None:
-    if mail.source is None:
-        return None
     mail.ask(action)
-    return mail.expected.pop(action)[0]
+    return mail.expected.pop(action)[0] if action in mail.expected else None
 
 
 def _reuse_what_is_sent(original: Callable[..., None]) -> Callable[..., None]:
-    def send(mail: Any, message: torch.Tensor) -> None:
-        original(mail, message)
+    def send(mail: Any, action: Any, message: torch.Tensor) -> None:
+        original(mail, action, message)
         message.zero_()
 
     return send
+
+
+@torch.no_grad()
+def _run_the_first_again(later: Any, _: Any) -> None:
+    for product in next(iter(later._waiting.values())):
+        product()
+
+
+def _swap_chunks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Each stage runs its chunks in the wrong order (but for the first and the last, which have other inputs)."""
+
+    def run(actions: Any, stage: Any, *rest: Any, chunks: int = 1, **options: Any) -> Any:
+        middle = range(1, chunks - 1)
+        swapped = dict(zip(middle, reversed(middle), strict=True))
+        return original(
+            actions,
+            lambda micro_batch, chunk, hidden: stage(micro_batch, swapped.get(chunk, chunk), hidden),
+            *rest,
+            chunks=chunks,
+            **options,
+        )
+
+    return run
 
 
 def _ignore_tokens(norm: torch.Tensor, divisor: torch.Tensor, limit: float) -> torch.Tensor:
@@ -110,6 +131,9 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "data-gradients-not-waited": lambda: patch.object(gradients.GradientReducer, "finish", _finish_without_waiting),
     "weights-not-waited": lambda: patch.object(step, "gather_weights", _gather_without_waiting),
     "message-not-waited": lambda: patch.object(engine._Mail, "take", _take_without_waiting),
+    "weight-products-dropped": lambda: patch.object(LaterProducts, "run", lambda later, place: None),
+    "weight-products-of-another-micro-batch": lambda: patch.object(LaterProducts, "run", _run_the_first_again),
+    "chunks-swapped": lambda: patch.object(stage, "run_stage", _swap_chunks(stage.run_stage)),
     "sent-buffer-reused": lambda: patch.object(engine._Mail, "send", _reuse_what_is_sent(engine._Mail.send)),
 }
 

@@ -17,6 +17,8 @@ DATA = Case("dp2", data=2)
 ZERO = Case("dp2-zero", data=2, zero=1)
 UNCLIPPED = Case("dp2-unclipped", data=2, clip=0.0)  # clipping would make up for a wrong scale
 PIPELINE = Case("pp2", pipeline=2)
+CHUNKS = Case("pp2-four-chunks", pipeline=2, chunks=4, layers=8)
+ZERO_BUBBLE = Case("pp2-zero-bubble", pipeline=2, schedule="zero_bubble")
 TIED = Case("tied-pp2", pipeline=2, tied=True)
 KEY_VALUE_COPIES = Case("tp2-one-key-value-head", tensor=2, key_value_heads=1)
 
@@ -49,7 +51,11 @@ TWINS = [
     ("data-gradients-not-waited", DATA, True),
     ("weights-not-waited", ZERO, True),
     ("message-not-waited", PIPELINE, True),
+    ("message-not-waited", CHUNKS, True),
     ("sent-buffer-reused", PIPELINE, True),
+    ("weight-products-dropped", ZERO_BUBBLE, False),
+    ("weight-products-of-another-micro-batch", ZERO_BUBBLE, False),
+    ("chunks-swapped", CHUNKS, False),
 ]
 
 

@@ -46,7 +46,7 @@ def make_random(folder: Path) -> Material:
         "vocab_size": 259,
         "hidden_size": 48,
         "intermediate_size": 88,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,

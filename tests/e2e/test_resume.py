@@ -262,6 +262,8 @@ OTHER_GRIDS = {
     "pp2 dp2 zero": (4, {"parallel.pipeline": 2, "parallel.zero": 1}),
     "tp2 pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
     "tp4": (4, {"parallel.tensor": 4}),
+    "pp2 chunks": (2, {"parallel.pipeline": 2, "parallel.chunks": 2}),
+    "pp2 zero bubble": (2, {"parallel.pipeline": 2, "parallel.schedule": "zero_bubble", "parallel.layers": "[1, 3]"}),
 }
 
 

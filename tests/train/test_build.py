@@ -20,9 +20,9 @@ from megatron.config.run import RunConfig
 from megatron.config.train import TrainConfig
 from megatron.data.indexed import IndexedWriter
 from megatron.parallel.mesh import Grid
+from megatron.parallel.pipeline.partition import cut
 from megatron.parallel.world import World
 from megatron.train.build import Plan, build_trainer, make_plan
-from megatron.train.origin import Origin
 from megatron.utils.errors import ConfigError
 
 from .conftest import MODEL
@@ -117,7 +117,7 @@ def plan(world_size: int, **sections: dict[str, Any]) -> Plan:
         optimizer=OptimizerConfig(**sections.get("optimizer", {})),
         train=TrainConfig(**{"steps": 7, "global_batch": 24, "micro_batch": 2, **sections.get("train", {})}),
     )
-    return make_plan(config, Origin(None, False, MODEL, MODEL.to_huggingface()), world_size)
+    return make_plan(config, MODEL, world_size)
 
 
 def test_one_process_and_nothing_stated() -> None:
@@ -129,6 +129,7 @@ def test_one_process_and_nothing_stated() -> None:
         samples=7 * 24,
         decay_steps=7,
         micro_batches=12,
+        parts=tuple(cut(MODEL.num_hidden_layers, 1)),
     )
 
 
@@ -147,6 +148,7 @@ def test_what_is_stated_is_taken() -> None:
         samples=1000,
         decay_steps=5,
         micro_batches=6,
+        parts=tuple(cut(MODEL.num_hidden_layers, 1)),
     )
 
 

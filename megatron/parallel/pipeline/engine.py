@@ -1,30 +1,42 @@
 """Executes one stage's list of actions: receives, runs the stage's function, sends.
 
-Activations travel over the `forward` axis and their gradients over `backward`, one communicator for each direction. A
-message needed by the next action is asked for before the present one computes. At most one send is under way in
-each direction; its tensor is kept until then. The engine knows no model: it runs a `StageFunction`.
+Activations travel over the `forward` axis and their gradients over `backward`, one communicator for each direction, and
+over two more where they go from one chunk of the model to the next at the ends of the ring. A message that the next
+action needs is asked for before the present one computes. At most one send is under way in each channel; its tensor is
+kept until then. The engine knows no model: it runs a `StageFunction`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch.autograd.profiler import record_function
 
 from megatron.parallel.communicator import Work
 from megatron.parallel.mesh import Axis, ParallelContext
-from megatron.parallel.pipeline.schedule import Action, Backward, Forward
+from megatron.parallel.pipeline.schedule import (
+    Action,
+    Backward,
+    BackwardWeight,
+    Channel,
+    Forward,
+    incoming,
+    label,
+    next_to_ask,
+    outgoing,
+)
+from megatron.parallel.weight_gradient import LaterProducts
 
 
 class StageFunction(Protocol):
-    """Forward pass of one stage: micro-batch number and activations from the stage before (None on the first).
-
-    Returns activations for the next stage, or on the last one the loss sum, a scalar.
+    """Forward pass of one chunk of the stage: micro-batch number, chunk number, and activations from the chunk before
+    (None on the first). Returns activations for the next chunk, or on the last one the loss sum, a scalar.
     """
 
-    def __call__(self, micro_batch: int, hidden: torch.Tensor | None, /) -> torch.Tensor: ...
+    def __call__(self, micro_batch: int, chunk: int, hidden: torch.Tensor | None, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -41,42 +53,53 @@ class Activations:
 
 @dataclass
 class _Mail:
-    """Messages of one direction for this stage: from `source` to `target` (None at the pipeline's ends)."""
+    """This stage's messages in all channels."""
 
-    axis: Axis
-    source: int | None
-    target: int | None
+    context: ParallelContext
     activations: Activations
+    chunks: int
     expected: dict[Action, tuple[torch.Tensor, Work]] = field(default_factory=dict)
-    sending: tuple[torch.Tensor, Work] | None = None
+    sending: dict[Channel, tuple[torch.Tensor, Work]] = field(default_factory=dict)
 
-    def ask(self, action: Action) -> None:
+    def ask(self, action: Action | None) -> None:
         """Post the receive of the message that `action` needs, once."""
-        if self.source is not None and action not in self.expected:
+        if action is None or action in self.expected:
+            return
+        source = incoming(action, self.context.pp.rank, self.context.pp.size, self.chunks)
+        if source is not None:
             buffer = self.activations.empty()
-            self.expected[action] = (buffer, self.axis.comm.receive(buffer, self.source))
+            self.expected[action] = (buffer, self._axis(source).comm.receive(buffer, source.sender))
 
     def take(self, action: Action) -> torch.Tensor | None:
-        """The message that `action` needs, waited for; None where there is no source."""
-        if self.source is None:
-            return None
+        """The message that `action` needs, waited for; None where it needs none."""
         self.ask(action)
+        if action not in self.expected:
+            return None
         message, work = self.expected.pop(action)
         work.wait()
         return message
 
-    def send(self, message: torch.Tensor) -> None:
-        """Start sending to the target, after the send before it has ended."""
-        if self.target is not None:
-            self.finish()
+    def send(self, action: Action, message: torch.Tensor) -> None:
+        """Start sending what `action` gave, after the send before it in that channel has ended."""
+        target = outgoing(action, self.context.pp.rank, self.context.pp.size, self.chunks)
+        if target is not None:
+            self._finish(target)
             message = message.contiguous()
-            self.sending = (message, self.axis.comm.send(message, self.target))
+            self.sending[target] = (message, self._axis(target).comm.send(message, target.receiver))
 
     def finish(self) -> None:
-        """Wait for the send under way."""
-        if self.sending is not None:
-            self.sending[1].wait()
-            self.sending = None
+        """Wait for all sends under way."""
+        for channel in list(self.sending):
+            self._finish(channel)
+
+    def _finish(self, channel: Channel) -> None:
+        if channel in self.sending:
+            self.sending.pop(channel)[1].wait()
+
+    def _axis(self, channel: Channel) -> Axis:
+        if channel.forward:
+            return self.context.forward_wrap if channel.wraps else self.context.forward
+        return self.context.backward_wrap if channel.wraps else self.context.backward
 
 
 def run_stage(
@@ -84,44 +107,50 @@ def run_stage(
     stage: StageFunction,
     context: ParallelContext,
     activations: Activations,
-    before_last_backward: Callable[[], None] = lambda: None,
+    *,
+    chunks: int = 1,
+    later: LaterProducts | None = None,
 ) -> torch.Tensor:
     """Run this stage's actions and return the sum of its losses (a detached scalar; 0 except on the last stage).
 
-    `before_last_backward` is called before the last backward action: from then on gradients are final once added.
+    `later` keeps the weights' products that `BackwardInput` leaves to `BackwardWeight`.
     """
-    down, up = context.pp.rank + 1, context.pp.rank - 1
-    below = down if down < context.pp.size else None
-    above = up if up >= 0 else None
-    mail: dict[type, _Mail] = {
-        Forward: _Mail(context.forward, above, below, activations),
-        Backward: _Mail(context.backward, below, above, activations),
-    }
-    last_backward = max((at for at, action in enumerate(actions) if isinstance(action, Backward)), default=-1)
-    alive: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
+    mail = _Mail(context, activations, chunks)
+    differentiate = any(not isinstance(action, Forward) for action in actions)
+    alive: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor]] = {}
     losses = torch.zeros((), dtype=torch.promote_types(torch.float32, activations.dtype), device=activations.device)
     for at, action in enumerate(actions):
-        if at == last_backward:
-            before_last_backward()
-        message = mail[type(action)].take(action)
-        following = actions[at + 1] if at + 1 < len(actions) else None
-        # The gradient of this very micro-batch cannot come before its activations went out: ask for it after that.
-        if following is not None and following != Backward(action.micro_batch):
-            mail[type(following)].ask(following)
-        if isinstance(action, Forward):
-            hidden = message.requires_grad_(last_backward >= 0) if message is not None else None
-            output = stage(action.micro_batch, hidden)
-            if last_backward >= 0:
-                alive[action.micro_batch] = (hidden, output)
-            if below is None:
-                losses += output.detach()
-            mail[Forward].send(output.detach())
-        else:
-            hidden, output = alive.pop(action.micro_batch)
-            torch.autograd.backward(output, message)
-            if hidden is not None:
-                assert hidden.grad is not None
-                mail[Backward].send(hidden.grad)
-    for direction in mail.values():
-        direction.finish()
+        message = mail.take(action)
+        mail.ask(next_to_ask(actions, at))
+        place = (action.micro_batch, action.chunk)
+        with record_function(label(action)):
+            if isinstance(action, Forward):
+                hidden = message.requires_grad_(differentiate) if message is not None else None
+                output = stage(action.micro_batch, action.chunk, hidden)
+                if differentiate:
+                    alive[place] = (hidden, output)
+                if output.dim() == 0:
+                    losses += output.detach()
+                mail.send(action, output.detach())
+            elif isinstance(action, BackwardWeight):
+                assert later is not None
+                later.run(place)
+            else:
+                hidden, output = alive.pop(place)
+                _go_back(output, message, None if isinstance(action, Backward) else later, place)
+                if hidden is not None:
+                    assert hidden.grad is not None
+                    mail.send(action, hidden.grad)
+    mail.finish()
     return losses
+
+
+def _go_back(
+    output: torch.Tensor, gradient: torch.Tensor | None, later: LaterProducts | None, place: tuple[int, int]
+) -> None:
+    """The backward pass of one micro-batch through one chunk; products of weights are left to `later`, if given."""
+    if later is None:
+        torch.autograd.backward(output, gradient)
+        return
+    with later.collecting(place):
+        torch.autograd.backward(output, gradient)

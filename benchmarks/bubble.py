@@ -1,0 +1,146 @@
+"""Idle time of each pipeline schedule, measured: the real engine on gloo, with stages that sleep instead of computing.
+
+For each schedule a process for each stage runs one step; forward, backward for the inputs and backward for the weights
+take fixed times. "measured" is the time in which stages wait as a share of that in which they work, between the first
+stage's start and its end; "theory" is (p − 1)/m, (p − 1)/(v m) for v chunks, and ZB-H1's
+(p − 1)(F + I − W)/(m (F + I + W)).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.config.parallel import ScheduleName
+from megatron.parallel.mesh import Grid, connect
+from megatron.parallel.pipeline.engine import Activations, run_stage
+from megatron.parallel.pipeline.schedule import make_schedule
+from megatron.parallel.weight_gradient import LaterProducts
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One schedule on so many stages; seconds of a whole stage's forward, input and weight part."""
+
+    schedule: ScheduleName
+    stages: int
+    micro_batches: int
+    chunks: int = 1
+    forward_s: float = 0.040
+    inputs_s: float = 0.040
+    weights_s: float = 0.030
+
+    @property
+    def theory(self) -> float:
+        """The bubble as a share of the work."""
+        idle = (self.stages - 1) / (self.micro_batches * self.chunks)
+        if self.schedule == "zero_bubble":
+            work = self.forward_s + self.inputs_s + self.weights_s
+            idle *= (self.forward_s + self.inputs_s - self.weights_s) / work
+        return idle
+
+
+SETTINGS = [
+    Setting("gpipe", 4, 8),
+    Setting("1f1b", 4, 8),
+    Setting("1f1b", 4, 16),
+    Setting("1f1b", 4, 8, chunks=2),
+    Setting("1f1b", 4, 8, chunks=4),
+    Setting("zero_bubble", 4, 8),
+    Setting("zero_bubble", 4, 16),
+    Setting("1f1b", 2, 4),
+    Setting("zero_bubble", 2, 4),
+]
+
+
+class Sleep(torch.autograd.Function):
+    """A chunk that only takes time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, setting: Setting, later: LaterProducts) -> torch.Tensor:
+        ctx.setting, ctx.later = setting, later
+        time.sleep(setting.forward_s / setting.chunks)
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        setting = ctx.setting
+        time.sleep(setting.inputs_s / setting.chunks)
+
+        def weights() -> None:
+            time.sleep(setting.weights_s / setting.chunks)
+
+        if not ctx.later.keep(weights):
+            weights()
+        return gradient.clone(), None, None
+
+
+def run_step(rank: int, setting: Setting, store: str, pipe: Connection) -> None:
+    """One warm-up and one measured step as one stage; sends the seconds of the second."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, setting.stages), rank=rank, world_size=setting.stages)
+    context = connect(Grid(pipeline=setting.stages), rank, wraps=setting.chunks > 1)
+    actions = make_schedule(setting.schedule, setting.stages, setting.micro_batches, setting.chunks)[rank]
+    later = LaterProducts()
+    last = setting.stages - 1
+
+    def stage(micro_batch: int, chunk: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        hidden = torch.zeros(8, requires_grad=True) if hidden is None else hidden
+        result = Sleep.apply(hidden, setting, later)
+        return result.sum() if rank == last and chunk == setting.chunks - 1 else result
+
+    seconds = 0.0
+    for _ in range(2):
+        dist.barrier()
+        begin = time.perf_counter()
+        activations = Activations((8,), torch.float32, torch.device("cpu"))
+        run_stage(actions, stage, context, activations, chunks=setting.chunks, later=later)
+        dist.barrier()
+        seconds = time.perf_counter() - begin
+    pipe.send(seconds)
+    dist.destroy_process_group()
+
+
+def measure(setting: Setting) -> float:
+    """The measured bubble of a setting."""
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(setting.stages):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=run_step, args=(rank, setting, f"{folder}/store", theirs), daemon=True)
+            process.start()
+            pipes.append(ours)
+            processes.append(process)
+        seconds = max(pipe.recv() for pipe in pipes)
+        for process in processes:
+            process.join()
+    work = setting.micro_batches * (setting.forward_s + setting.inputs_s + setting.weights_s)
+    return seconds / work - 1.0
+
+
+def main() -> None:
+    """Print a line for each setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    print("schedule      stages  micro-batches  chunks   theory  measured  step against theory")
+    for setting in SETTINGS:
+        found = min(measure(setting) for _ in range(2))
+        ratio = (1.0 + found) / (1.0 + setting.theory)
+        print(
+            f"{setting.schedule:<12}  {setting.stages:>6}  {setting.micro_batches:>13}  {setting.chunks:>6}  "
+            f"{setting.theory:>7.1%}  {found:>8.1%}  {ratio:.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -105,12 +105,12 @@ def verify(source: Source) -> str:
 def _saved_with(source: Source) -> dict[str, Any] | None:
     """The grid of the run that saved it, and how it shared the optimizer state; None for what no run has saved."""
     parallel = (source.run_config or {}).get("parallel") or {}
-    found = {name: parallel[name] for name in ("tensor", "pipeline", "zero") if name in parallel}
+    found = {name: parallel[name] for name in ("tensor", "context", "pipeline", "zero") if name in parallel}
     data = (source.state or {}).get("grid", {}).get("data")
     if data is not None:
         found["data"] = data
         if found.get("zero") is None:  # left to what the grid makes of it
-            found["zero"] = int(data > 1)
+            found["zero"] = int(data * found.get("context", 1) > 1)
     return found or None
 
 

@@ -14,10 +14,21 @@ LayerSplit = Literal["even", "balanced"] | tuple[int, ...]
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The grid. The data-parallel size is what is left: world size / (tensor x pipeline)."""
+    """The grid. The data-parallel size is what is left: world size / (tensor x context x pipeline)."""
 
     tensor: int = key(1, "Ranks that share every layer (keep it inside one machine).", minimum=1)
     pipeline: int = key(1, "Stages that the layers are divided into.", minimum=1)
+    context: int = key(
+        1,
+        "Ranks that share every sequence (context parallelism): each holds an early and a late part of it.",
+        minimum=1,
+    )
+    context_attention: ContextAttention = key(
+        "ring",
+        "How keys and values reach the other ranks of the sequence: `ring`, passed on behind the computation; "
+        "`all_gather`, collected at once: fewer messages, for as much memory as the keys and values of the whole "
+        "sequence.",
+    )
     schedule: ScheduleName = key(
         "1f1b",
         "Order of the pipeline's work: `1f1b`, interleaved where chunks > 1; `zero_bubble` (ZB-H1): weight gradients "
@@ -42,8 +53,8 @@ class ParallelConfig:
     )
     zero: int | None = key(
         None,
-        "0: optimizer state on every data rank; 1 (ZeRO-1): divided among the data ranks. "
-        "null: 1 when the data-parallel size is above 1.",
+        "0: optimizer state on every data rank; 1 (ZeRO-1): divided among the data ranks (and those of the context). "
+        "null: 1 when data x context is above 1.",
         minimum=0,
         maximum=1,
     )

@@ -244,8 +244,24 @@ def _sequence_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[
             f"data.sequence_length={length} is above model.max_position_embeddings={longest}, for which the model is "
             f"made; use {longest} or fewer",
         )
-    tensor, sequence = config.parallel.tensor, config.parallel.sequence
-    if length is not None and sequence is not False and length % tensor:
+    if length is not None:
+        yield from _split_problems(config, length, length_key)
+
+
+def _split_problems(config: RunConfig, length: int, length_key: str) -> Iterator[Problem]:
+    """Whether the context's ranks, and under sequence parallelism those of the tensor axis, can share a sequence."""
+    tensor, context, sequence = config.parallel.tensor, config.parallel.context, config.parallel.sequence
+    split_again = tensor if sequence is not False else 1
+    unit = math.lcm(2 * context, context * split_again) if context > 1 else split_again
+    if context > 1 and length % unit:
+        among = f", x parallel.tensor={tensor} for sequence parallelism" if split_again > 2 else ""
+        yield Problem(
+            (length_key, "parallel.context", "parallel.tensor", "parallel.sequence"),
+            f"{length_key}={length} is not divisible by {unit}: each of parallel.context={context} ranks holds two "
+            f"equal parts of it{among}; use a length of {_or(_multiples_near(length, unit))}, or a smaller "
+            "parallel.context",
+        )
+    elif length % unit:
         yield Problem(
             (length_key, "parallel.tensor", "parallel.sequence"),
             f"{length_key}={length} is not divisible by parallel.tensor={tensor}, among whose ranks sequence "
@@ -261,13 +277,15 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
         yield Problem(
             ("data.train",), "data.train is not set; name the prefix of a .bin/.idx pair, or use data.train=synthetic"
         )
-    ranks = parallel.tensor * parallel.pipeline
+    ranks = parallel.tensor * parallel.context * parallel.pipeline
+    axes = ("tensor", "context", "pipeline") if parallel.context > 1 else ("tensor", "pipeline")
+    keys = tuple(f"parallel.{axis}" for axis in axes)
     if world_size % ranks:
         yield Problem(
-            ("parallel.tensor", "parallel.pipeline"),
-            f"{world_size} processes cannot be divided by parallel.tensor={parallel.tensor} x parallel.pipeline="
-            f"{parallel.pipeline} = {ranks}; start {_or(_multiples_near(world_size, ranks))} processes, "
-            f"or choose tensor x pipeline = {_or(_divisors(world_size))}",
+            keys,
+            f"{world_size} processes cannot be divided by {product} = {ranks}; start "
+            f"{_or(_multiples_near(world_size, ranks))} processes, "
+            f"or choose {' x '.join(axes)} = {_or(_divisors(world_size))}",
         )
         return
     data_ranks = world_size // ranks
@@ -275,17 +293,19 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     if train.global_batch % together:
         text = (
             f"train.global_batch={train.global_batch} is not divisible by {data_ranks} data ranks ({world_size} "
-            f"processes / tensor {parallel.tensor} / pipeline {parallel.pipeline}) x train.micro_batch="
+            f"processes / {shared}) x train.micro_batch="
+        product = " x ".join(f"{key}={getattr(parallel, axis)}" for key, axis in zip(keys, axes, strict=True))
             f"{train.micro_batch} = {together}; "
             f"use a global batch of {_or(_multiples_near(train.global_batch, together))}"
         )
         if train.global_batch % data_ranks == 0:
             text += f", or a micro batch of {_or(_divisors(train.global_batch // data_ranks))}"
-        yield Problem(("train.global_batch", "train.micro_batch", "parallel.tensor", "parallel.pipeline"), text)
+        yield Problem(("train.global_batch", "train.micro_batch", *keys), text)
     elif parallel.chunks > 1 and train.global_batch // together % parallel.pipeline:
         yield Problem(
-            ("train.global_batch", "train.micro_batch", "parallel.tensor", "parallel.pipeline", "parallel.chunks"),
+            ("train.global_batch", "train.micro_batch", *keys, "parallel.chunks"),
             f"train.global_batch={train.global_batch} gives each data rank {train.global_batch // together} "
+        shared = " / ".join(f"{axis} {getattr(parallel, axis)}" for axis in axes)
             f"micro-batches, which go through the chunks in groups of parallel.pipeline={parallel.pipeline}; use a "
             f"global batch of {_or(_multiples_near(train.global_batch, together * parallel.pipeline))}, or "
             "parallel.chunks=1",

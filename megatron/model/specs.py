@@ -27,7 +27,7 @@ def rank_specs(
     impossible.
     """
     grid = Grid(tensor=tensor, pipeline=pipeline)
-    rank = grid.rank(tensor_rank, 0, pipeline_rank)
+    rank = grid.rank(tensor_rank, 0, 0, pipeline_rank)
     context = describe(grid, rank, num_key_value_heads=config.num_key_value_heads)
     return parameter_specs(Transformer(config, context, device="meta"))
 

@@ -1,7 +1,7 @@
 """The mesh: who this rank is on each axis, and with whom it communicates.
 
-Rank order, fastest first: tensor, data, pipeline (Megatron's). A `ParallelContext` is made once and handed down;
-there is no module-level state, and two contexts can live in one process.
+Rank order, fastest first: tensor, context, data, pipeline (Megatron's). A `ParallelContext` is made once and handed
+down; there is no module-level state, and two contexts can live in one process.
 """
 
 from __future__ import annotations
@@ -17,40 +17,44 @@ MakeCommunicator = Callable[[tuple[int, ...]], Communicator]
 
 @dataclass(frozen=True)
 class Grid:
-    """How a world of ranks is cut: the sizes of the tensor, data and pipeline axes."""
+    """How a world of ranks is cut: the sizes of the tensor, context, data and pipeline axes."""
 
     tensor: int = 1
+    context: int = 1
     data: int = 1
     pipeline: int = 1
 
     @classmethod
-    def of_world(cls, world_size: int, tensor: int, pipeline: int) -> Grid:
+    def of_world(cls, world_size: int, tensor: int, pipeline: int, context: int = 1) -> Grid:
         """The grid on `world_size` ranks; the data axis gets what is left. Raises ConfigError if nothing fits."""
-        if world_size % (tensor * pipeline):
+        ranks = tensor * context * pipeline
+        if world_size % ranks:
+            split_sequence = f" x context={context}" if context > 1 else ""
             raise ConfigError(
-                f"{world_size} processes cannot be cut into tensor={tensor} x pipeline={pipeline} = "
-                f"{tensor * pipeline}; start a multiple of {tensor * pipeline} processes, or change "
-                "parallel.tensor and parallel.pipeline."
+                f"{world_size} processes cannot be cut into tensor={tensor}{split_sequence} x pipeline={pipeline} = "
+                f"{ranks}; start a multiple of {ranks} processes, or change parallel.tensor, parallel.context and "
+                "parallel.pipeline."
             )
-        return cls(tensor, world_size // (tensor * pipeline), pipeline)
+        return cls(tensor, context, world_size // ranks, pipeline)
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.data * self.pipeline
+        return self.tensor * self.context * self.data * self.pipeline
 
-    def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(tensor, data, pipeline) coordinates of a global rank."""
+    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
+        """(tensor, context, data, pipeline) coordinates of a global rank."""
         rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)
-        return tensor, data, pipeline
+        return tensor, context, data, pipeline
 
-    def rank(self, tensor: int, data: int, pipeline: int) -> int:
+    def rank(self, tensor: int, context: int, data: int, pipeline: int) -> int:
         """The global rank at these coordinates."""
-        return (pipeline * self.data + data) * self.tensor + tensor
+        return ((pipeline * self.data + data) * self.context + context) * self.tensor + tensor
 
     def groups(self, *along: str) -> list[tuple[int, ...]]:
         """All groups of ranks that differ only along the named axes, each in rank order."""
-        sizes = {"tensor": self.tensor, "data": self.data, "pipeline": self.pipeline}
+        sizes = {"tensor": self.tensor, "context": self.context, "data": self.data, "pipeline": self.pipeline}
         assert set(along) <= set(sizes), along
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
@@ -83,17 +87,19 @@ class Axis:
 class ParallelContext:
     """The axes, by what they are for.
 
-    tp: shares of every layer; pp: stages; data: who reads which samples; grad: over whom gradients are summed;
-    model: over whom norms are summed; loss: over whom loss sums and token counts are summed (all but tensor);
-    embed: first and last stage, which both hold a tied embedding; kv: tensor ranks that hold the same key/value head;
-    forward, backward: the pipeline again, one communicator for each direction of messages; forward_wrap,
-    backward_wrap: the same between the last stage and the first, in a pipeline of several chunks; world: everybody.
-    `sequence` tells whether activations between blocks are split along the sequence over tp.
+    tp: shares of every layer; cp: parts of every sample's sequence; pp: stages; data: who reads which samples; grad:
+    over whom gradients are summed and optimizer state is divided (data x context); model: over whom norms are summed;
+    loss: over whom loss sums and token counts are summed (all but tensor); embed: first and last stage, which both hold
+    a tied embedding; kv: tensor ranks that hold the same key/value head; ring_even, ring_odd: cp again, for messages
+    whose sender has an even or an odd index; forward, backward: the pipeline again, one communicator for each direction
+    of messages; forward_wrap, backward_wrap: the same between the last stage and the first, in a pipeline of several
+    chunks; world: everybody. `sequence` tells whether activations between blocks are split along the sequence over tp.
     """
 
     grid: Grid
     rank: int
     tp: Axis
+    cp: Axis
     pp: Axis
     data: Axis
     grad: Axis
@@ -101,6 +107,8 @@ class ParallelContext:
     loss: Axis
     embed: Axis
     kv: Axis
+    ring_even: Axis
+    ring_odd: Axis
     forward: Axis
     backward: Axis
     forward_wrap: Axis
@@ -137,7 +145,8 @@ def connect(
 ) -> ParallelContext:
     """The context of this rank with its process groups; all ranks of an initialised world call it together.
 
-    `wraps` is for pipelines of several chunks, whose last stage sends to the first. `make` makes the communicator of a group that this rank is in (tests pass a stricter one).
+    `wraps` is for pipelines of several chunks, whose last stage sends to the first. `make` makes the communicator of a
+    group that this rank is in (tests pass a stricter one).
     """
     make = make or (lambda ranks: new_communicator(ranks, timeout_s))
     return _build(grid, rank, sequence, num_key_value_heads, wraps, make)
@@ -165,26 +174,29 @@ def _build(
 ) -> ParallelContext:
     copies = key_value_copies(grid.tensor, num_key_value_heads)
     pipelines = grid.groups("pipeline")
-    tensor_groups = grid.groups("tensor")
+    tensor_groups, context_groups = grid.groups("tensor"), grid.groups("context")
     members: dict[str, list[tuple[int, ...]]] = {
         "tp": tensor_groups,
+        "cp": context_groups,
         "pp": pipelines,
         "data": grid.groups("data"),
+        "grad": grid.groups("context", "data"),
         "model": grid.groups("tensor", "pipeline"),
-        "loss": grid.groups("data", "pipeline"),
+        "loss": grid.groups("context", "data", "pipeline"),
         "embed": [(group[0], group[-1]) if grid.pipeline > 1 else group for group in pipelines],
         "kv": [group[at : at + copies] for group in tensor_groups for at in range(0, grid.tensor, copies)],
+        "ring_even": context_groups,
+        "ring_odd": context_groups,
         "forward": pipelines,
         "backward": pipelines,
         "forward_wrap": pipelines,
         "backward_wrap": pipelines,
-        "world": grid.groups("tensor", "data", "pipeline"),
+        "world": grid.groups("tensor", "context", "data", "pipeline"),
     }
-    # Stages speak over `forward` and `backward`; `pp` only counts them.
-    silent = {"pp"} if wraps else {"pp", "forward_wrap", "backward_wrap"}
+    # Stages speak over `forward` and `backward`; `pp` only counts them, as `data` counts who reads.
+    silent = {"pp", "data"} if wraps else {"pp", "data", "forward_wrap", "backward_wrap"}
     axes = {name: _axis(name, groups, rank, None if name in silent else make) for name, groups in members.items()}
-    # Gradients are summed over the ranks that read different samples; context parallelism would widen this axis.
-    return ParallelContext(grid=grid, rank=rank, sequence=sequence and grid.tensor > 1, grad=axes["data"], **axes)
+    return ParallelContext(grid=grid, rank=rank, sequence=sequence and grid.tensor > 1, **axes)
 
 
 def _axis(name: str, groups: list[tuple[int, ...]], rank: int, make: MakeCommunicator | None) -> Axis:

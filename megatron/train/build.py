@@ -71,7 +71,7 @@ def make_plan(config: RunConfig, model: ModelConfig, world_size: int) -> Plan:
     """Fill in what the configuration leaves open. Raises ConfigError for what cannot be run on this many processes."""
     validate_grid(config, world_size, dataclasses.asdict(model))
     parallel, train = config.parallel, config.train
-    grid = Grid.of_world(world_size, parallel.tensor, parallel.pipeline)
+    grid = Grid.of_world(world_size, parallel.tensor, parallel.pipeline, parallel.context)
     sequence_length = config.data.sequence_length or model.max_position_embeddings
     parts = cut(
         model.num_hidden_layers,
@@ -83,7 +83,7 @@ def make_plan(config: RunConfig, model: ModelConfig, world_size: int) -> Plan:
         grid=grid,
         sequence_length=sequence_length,
         sequence_parallel=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
-        zero=int(grid.data > 1) if parallel.zero is None else parallel.zero,
+        zero=int(grid.data * grid.context > 1) if parallel.zero is None else parallel.zero,
         samples=config.data.samples or train.steps * train.global_batch,
         decay_steps=config.optimizer.decay_steps or train.steps,
         micro_batches=train.global_batch // (train.micro_batch * grid.data),
@@ -311,6 +311,7 @@ def _describe_run(
         grid.pipeline,
         grid.world_size,
         "processes" if world.device.type == "cpu" else "GPUs",
+        f"context {grid.context} x " if grid.context > 1 else "",
         _describe_pipeline(config) if grid.pipeline > 1 else "",
         ", sequence parallel" if step.context.sequence else "",
         f", ZeRO-{plan.zero}" if plan.zero else "",

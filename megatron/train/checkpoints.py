@@ -105,7 +105,7 @@ class Checkpoints:
         if self.folder is None or self._last_saved == progress.step:
             return
         folder = self.folder / step_folder(progress.step)
-        first_copy = self.context.data.rank == 0
+        first_copy = self.context.grad.rank == 0
         tensors: dict[str, list[tuple[Any, torch.Tensor]]] = {"weights": []}
         if first_copy:
             tensors["weights"] = list(_weight_regions(step.model))
@@ -125,6 +125,7 @@ class Checkpoints:
                 "data": dict(self.data),
                 "grid": {
                     "tensor": self.context.tp.size,
+                    "context": self.context.cp.size,
                     "pipeline": self.context.pp.size,
                     "data": self.context.data.size,
                 },

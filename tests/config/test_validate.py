@@ -75,6 +75,16 @@ from megatron.utils.errors import ConfigError
             (["--data.sequence_length=100"],),
         ),
         (
+            ["--data.sequence_length=20", "--parallel.context=4"],
+            "use a length of 16 or 24, or a smaller parallel.context",
+            (["--data.sequence_length=24"], ["--parallel.context=2"]),
+        ),
+        (
+            ["--data.sequence_length=24", "--parallel.context=2", "--parallel.tensor=8"],
+            "use a length of 16 or 32",
+            (["--data.sequence_length=32"], ["--parallel.sequence=false"]),
+        ),
+        (
             ["--data.sequence_length=10", "--parallel.tensor=4"],
             "use a length of 8 or 12, or parallel.sequence=false",
             (["--data.sequence_length=12"], ["--parallel.sequence=false"]),
@@ -108,6 +118,8 @@ def test_the_processes_must_fill_the_grid() -> None:
     for world_size in (4, 8):
         validate_grid(load_config("tiny", ["--parallel.tensor=2", "--parallel.pipeline=2"]), world_size)
     assert "start 4 processes" in grid_failure(2, "--parallel.tensor=4")
+    split_sequences = grid_failure(6, "--parallel.tensor=2", "--parallel.context=2")
+    assert "parallel.tensor=2 x parallel.context=2 x parallel.pipeline=1 = 4; start 4 or 8" in split_sequences
 
 
 def test_the_batch_must_fill_the_data_ranks() -> None:

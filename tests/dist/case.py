@@ -33,6 +33,7 @@ class Case:
 
     name: str
     tensor: int = 1
+    context: int = 1
     data: int = 1
     pipeline: int = 1
     sequence: bool = False
@@ -54,7 +55,7 @@ class Case:
 
     @property
     def grid(self) -> Grid:
-        return Grid(self.tensor, self.data, self.pipeline)
+        return Grid(self.tensor, self.context, self.data, self.pipeline)
 
     @property
     def model(self) -> ModelConfig:
@@ -93,6 +94,7 @@ class Case:
 
 @dataclass
 class Result:
+                "context": 1,
     """What one rank saw: per step loss and gradient norm; reduced gradients of the first step and weights after the
     last, as canonical regions; and what a strict communicator logged."""
 

@@ -49,7 +49,7 @@ def weights(grid: Grid, config: ModelConfig = CONFIG, seed: int = 5) -> dict[str
 
 
 @pytest.mark.parametrize(
-    "grid", [Grid(tensor=2), Grid(tensor=4), Grid(pipeline=3), Grid(tensor=2, pipeline=2), Grid(2, 2, 2)], ids=str
+    "grid", [Grid(tensor=2), Grid(tensor=4), Grid(pipeline=3), Grid(tensor=2, pipeline=2), Grid(2, 1, 2, 2)], ids=str
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_grid_starts_alike(grid: Grid, tied: bool) -> None:

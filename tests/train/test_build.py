@@ -162,7 +162,7 @@ def test_optimizer_state_is_sharded_where_there_are_data_ranks(
     parallel = {"tensor": tensor, "pipeline": pipeline}
     found = plan(world_size, parallel=parallel)
     assert (found.zero, found.micro_batches) == (zero, micro_batches)
-    assert found.grid == Grid(tensor, world_size // (tensor * pipeline), pipeline)
+    assert found.grid == Grid(tensor, 1, world_size // (tensor * pipeline), pipeline)
     for stated in (0, 1):
         assert plan(world_size, parallel={**parallel, "zero": stated}).zero == stated
 

@@ -10,6 +10,7 @@ from megatron.config.key import key
 ScheduleName = Literal["1f1b", "gpipe", "zero_bubble"]
 # How the layers are dealt out, or how many each part of the pipeline holds.
 LayerSplit = Literal["even", "balanced"] | tuple[int, ...]
+ContextAttention = Literal["ring", "all_gather"]
 
 
 @dataclass(frozen=True)

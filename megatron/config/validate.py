@@ -304,8 +304,8 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     elif parallel.chunks > 1 and train.global_batch // together % parallel.pipeline:
         yield Problem(
             ("train.global_batch", "train.micro_batch", *keys, "parallel.chunks"),
-            f"train.global_batch={train.global_batch} gives each data rank {train.global_batch // together} "
         shared = " / ".join(f"{axis} {getattr(parallel, axis)}" for axis in axes)
+            f"train.global_batch={train.global_batch} gives each data rank {train.global_batch // together} "
             f"micro-batches, which go through the chunks in groups of parallel.pipeline={parallel.pipeline}; use a "
             f"global batch of {_or(_multiples_near(train.global_batch, together * parallel.pipeline))}, or "
             "parallel.chunks=1",

@@ -40,11 +40,14 @@ def run_micro_batches(
     share = sequence_length // context.tp.size if context.sequence else sequence_length
     activations = Activations((share, batch, model.config.hidden_size), weight.dtype, weight.device)
 
+    counts: list[torch.Tensor] = []
+
     def stage(number: int, chunk: int, hidden: torch.Tensor | None) -> torch.Tensor:
-        return chunks[chunk](micro_batches[number].tokens, hidden, micro_batches[number].labels)
+        micro_batch = micro_batches[number]
+        if chunks[chunk].is_last:
+            counts.append(micro_batch.labels.ne(IGNORED).sum())
+        return chunks[chunk](micro_batch.tokens, hidden, micro_batch.labels)
 
     loss = run_stage(actions, stage, context, activations, chunks=len(chunks), later=later)
-    is_last = chunks[-1].is_last
-    counts = [micro_batch.labels.ne(IGNORED).sum() for micro_batch in micro_batches] if is_last else []
     count = torch.stack(counts).sum().to(loss.dtype) if counts else torch.zeros_like(loss)
     return torch.stack((loss, count))

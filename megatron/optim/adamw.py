@@ -66,6 +66,11 @@ class AdamW:
                     total += tensor.numel() * tensor.element_size()
         return total
 
+    def state_tensors(self) -> Iterator[torch.Tensor]:
+        """Every flat tensor of the state; masters may be the weights themselves."""
+        for tensors in self._state.values():
+            yield from tensors
+
     def step(self, learning_rate: float, divisor: torch.Tensor, not_finite: torch.Tensor) -> None:
         """Update the owned weights from gradients / `divisor`; not at all where `not_finite` (float32) is 1; both are
         scalars.

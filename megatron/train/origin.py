@@ -15,10 +15,12 @@ from megatron.checkpoint.source import Source, open_source
 from megatron.config.model import ModelSettings
 from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
+from megatron.model.families import family_of
 from megatron.model.specs import canonical_shapes
 from megatron.parallel.world import World
 from megatron.train.verify import describe_damage, find_damage, refuse_damage
 from megatron.utils.errors import CheckpointError, ConfigError
+from megatron.utils.units import format_count
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,19 @@ class Origin:
         if self.source is None:
             return "random weights"
         return f"{'all state' if self.resume else 'weights'} of {self.source.folder}"
+
+
+def describe_model(config: RunConfig) -> tuple[ModelConfig, str]:
+    """The model that a configuration speaks of, and what to call it, without reading weights.
+
+    Where `model.init_from` names no folder here, what `model.*` states is enough. Raises ConfigError as `find_origin`.
+    """
+    path = config.checkpoint.load or config.model.init_from
+    if path is not None and Path(path).exists():
+        with open_source(path) as source:
+            return ModelConfig.from_huggingface(source.model_config), Path(path).name
+    model = _from_settings(config.model).model
+    return model, f"a model of {format_count(model.num_parameters)} parameters"
 
 
 def find_origin(config: RunConfig, world: World) -> Origin:
@@ -100,8 +115,7 @@ def _from_source(path: str, settings: ModelSettings, *, resume: bool) -> Origin:
     model = ModelConfig.from_huggingface(source.model_config)
     contradictions = [
         f"model.{name}={wanted} but {source.folder} has {getattr(model, name)}"
-        for name, wanted in _stated(settings).items()
-        if getattr(model, name) != wanted
+        for name, wanted in model.contradictions(_stated(settings))
     ]
     if contradictions:
         raise ConfigError(
@@ -114,14 +128,13 @@ def _from_source(path: str, settings: ModelSettings, *, resume: bool) -> Origin:
 
 def _from_settings(settings: ModelSettings) -> Origin:
     stated = _stated(settings)
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [f"model.{name}" for name in required if name not in stated]
+    missing = [f"model.{name}" for name in family_of(stated).required if name not in stated]
     if missing:
         raise ConfigError(
             f"There is no model: give model.init_from (a Hugging Face folder or a checkpoint), or for random weights "
             f"{', '.join(missing)}, or a preset such as --config tiny."
         )
-    model = ModelConfig.from_huggingface({"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, **stated})
+    model = ModelConfig.from_settings(stated)
     return Origin(None, False, model, model.to_huggingface())
 
 

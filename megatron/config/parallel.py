@@ -18,7 +18,6 @@ class ParallelConfig:
     """The grid. The data-parallel size is what is left: world size / (tensor x context x pipeline)."""
 
     tensor: int = key(1, "Ranks that share every layer (keep it inside one machine).", minimum=1)
-    pipeline: int = key(1, "Stages that the layers are divided into.", minimum=1)
     context: int = key(
         1,
         "Ranks that share every sequence (context parallelism): each holds an early and a late part of it.",
@@ -30,6 +29,7 @@ class ParallelConfig:
         "`all_gather`, collected at once: fewer messages, for as much memory as the keys and values of the whole "
         "sequence.",
     )
+    pipeline: int = key(1, "Stages that the layers are divided into.", minimum=1)
     schedule: ScheduleName = key(
         "1f1b",
         "Order of the pipeline's work: `1f1b`, interleaved where chunks > 1; `zero_bubble` (ZB-H1): weight gradients "

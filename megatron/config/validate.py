@@ -281,6 +281,7 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     axes = ("tensor", "context", "pipeline") if parallel.context > 1 else ("tensor", "pipeline")
     keys = tuple(f"parallel.{axis}" for axis in axes)
     if world_size % ranks:
+        product = " x ".join(f"{key}={getattr(parallel, axis)}" for key, axis in zip(keys, axes, strict=True))
         yield Problem(
             keys,
             f"{world_size} processes cannot be divided by {product} = {ranks}; start "
@@ -291,10 +292,10 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     data_ranks = world_size // ranks
     together = data_ranks * train.micro_batch
     if train.global_batch % together:
+        shared = " / ".join(f"{axis} {getattr(parallel, axis)}" for axis in axes)
         text = (
             f"train.global_batch={train.global_batch} is not divisible by {data_ranks} data ranks ({world_size} "
             f"processes / {shared}) x train.micro_batch="
-        product = " x ".join(f"{key}={getattr(parallel, axis)}" for key, axis in zip(keys, axes, strict=True))
             f"{train.micro_batch} = {together}; "
             f"use a global batch of {_or(_multiples_near(train.global_batch, together))}"
         )
@@ -304,7 +305,6 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     elif parallel.chunks > 1 and train.global_batch // together % parallel.pipeline:
         yield Problem(
             ("train.global_batch", "train.micro_batch", *keys, "parallel.chunks"),
-        shared = " / ".join(f"{axis} {getattr(parallel, axis)}" for axis in axes)
             f"train.global_batch={train.global_batch} gives each data rank {train.global_batch // together} "
             f"micro-batches, which go through the chunks in groups of parallel.pipeline={parallel.pipeline}; use a "
             f"global batch of {_or(_multiples_near(train.global_batch, together * parallel.pipeline))}, or "

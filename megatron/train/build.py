@@ -307,11 +307,11 @@ def _describe_run(
     _logger.info(
         "grid: tensor %d x data %d x pipeline %d on %d %s%s%s%s; %s; optimizer state %s on rank 0",
         grid.tensor,
+        f"context {grid.context} x " if grid.context > 1 else "",
         grid.data,
         grid.pipeline,
         grid.world_size,
         "processes" if world.device.type == "cpu" else "GPUs",
-        f"context {grid.context} x " if grid.context > 1 else "",
         _describe_pipeline(config) if grid.pipeline > 1 else "",
         ", sequence parallel" if step.context.sequence else "",
         f", ZeRO-{plan.zero}" if plan.zero else "",

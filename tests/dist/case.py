@@ -79,6 +79,7 @@ class Case:
                 **asdict(self),
                 "name": f"{self.name} on one rank",
                 "tensor": 1,
+                "context": 1,
                 "data": 1,
                 "pipeline": 1,
                 "sequence": False,
@@ -94,7 +95,6 @@ class Case:
 
 @dataclass
 class Result:
-                "context": 1,
     """What one rank saw: per step loss and gradient norm; reduced gradients of the first step and weights after the
     last, as canonical regions; and what a strict communicator logged."""
 

@@ -6,9 +6,10 @@ down; there is no module-level state, and two contexts can live in one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace, fields
 
+from megatron.config.parallel import ContextAttention
 from megatron.parallel.communicator import Communicator, new_communicator
 from megatron.utils.errors import ConfigError
 
@@ -93,7 +94,8 @@ class ParallelContext:
     a tied embedding; kv: tensor ranks that hold the same key/value head; ring_even, ring_odd: cp again, for messages
     whose sender has an even or an odd index; forward, backward: the pipeline again, one communicator for each direction
     of messages; forward_wrap, backward_wrap: the same between the last stage and the first, in a pipeline of several
-    chunks; world: everybody. `sequence` tells whether activations between blocks are split along the sequence over tp.
+    chunks; world: everybody. `sequence` tells whether activations between blocks are split along the sequence over tp,
+    `context_attention` how keys and values get about over cp.
     """
 
     grid: Grid
@@ -115,10 +117,18 @@ class ParallelContext:
     backward_wrap: Axis
     world: Axis
     sequence: bool = False
+    context_attention: ContextAttention = "ring"
 
     def axis(self, name: str) -> Axis:
         """The axis with this field name (as a `Piece.copy_axis` holds it)."""
         return getattr(self, name)
+
+    def axes(self) -> Iterator[Axis]:
+        """All axes."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Axis):
+                yield value
 
 
 def single_rank() -> ParallelContext:
@@ -140,6 +150,7 @@ def connect(
     sequence: bool = False,
     num_key_value_heads: int | None = None,
     wraps: bool = False,
+    context_attention: ContextAttention = "ring",
     timeout_s: float = 1800.0,
     make: MakeCommunicator | None = None,
 ) -> ParallelContext:
@@ -149,7 +160,7 @@ def connect(
     group that this rank is in (tests pass a stricter one).
     """
     make = make or (lambda ranks: new_communicator(ranks, timeout_s))
-    return _build(grid, rank, sequence, num_key_value_heads, wraps, make)
+    return replace(_build(grid, rank, sequence, num_key_value_heads, wraps, make), context_attention=context_attention)
 
 
 def key_value_copies(tensor: int, num_key_value_heads: int | None) -> int:

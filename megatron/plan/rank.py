@@ -14,7 +14,7 @@ import torch
 from megatron.config.run import RunConfig
 from megatron.data.loader import MicroBatch
 from megatron.model.config import ModelConfig
-from megatron.parallel.mesh import Axis, ParallelContext, connect
+from megatron.parallel.mesh import ParallelContext, connect
 from megatron.parallel.pipeline.schedule import Action, label
 from megatron.plan.communicator import RecordingCommunicator
 from megatron.plan.memory import GRADIENTS, OPTIMIZER, WEIGHTS
@@ -71,7 +71,9 @@ def run_rank(
             wraps=config.parallel.chunks > 1,
             make=lambda ranks: RecordingCommunicator(recorder, ranks),
         )
-        _name_communicators(context)
+        for axis in context.axes():
+            if isinstance(axis.communicator, RecordingCommunicator):
+                axis.communicator.axis = axis.name
         step = build_step(config, plan, model, context, device)
         _label(recorder, step)
         batch = _batch(config, plan, device)
@@ -94,14 +96,6 @@ def _batch(config: RunConfig, plan: Plan, device: torch.device) -> list[MicroBat
         MicroBatch(*(torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)))
         for _ in range(plan.micro_batches)
     ]
-
-
-def _name_communicators(context: ParallelContext) -> None:
-    """Tell each communicator for what it is, which its group alone does not say."""
-    for field in dataclasses.fields(context):
-        axis = getattr(context, field.name)
-        if isinstance(axis, Axis) and isinstance(axis.communicator, RecordingCommunicator):
-            axis.communicator.axis = axis.name
 
 
 def _label(recorder: Recorder, step: TrainingStep) -> None:

@@ -26,6 +26,7 @@ from megatron.data.build import (
 from megatron.data.loader import BatchLoader
 from megatron.evaluate.perplexity import Evaluation, evaluate
 from megatron.model.config import ModelConfig
+from megatron.model.families import dropout_notice
 from megatron.model.flops import head_cost_in_layers, model_flops_per_token
 from megatron.model.transformer import ChunkedTransformer, Transformer, build_stage
 from megatron.parallel.mesh import Grid, ParallelContext, connect
@@ -117,7 +118,7 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         origin.source.close()
     with ExitStack() as stack:
         checkpoints = Checkpoints(config, world, context, origin, carried, data_state)
-        loader = stack.enter_context(world.agree(lambda: _open_loader(config, plan, origin, context, progress)))
+        loader = stack.enter_context(world.agree(lambda: open_loader(config, plan, origin.model, context, progress.consumed_samples)))
         sinks = world.agree(lambda: _open_sinks(config, progress) if world.launch.rank == 0 else [])
         for sink in sinks:
             stack.callback(sink.close)
@@ -250,14 +251,15 @@ def build_step(
     )
 
 
-def _open_loader(
-    config: RunConfig, plan: Plan, origin: Origin, context: ParallelContext, progress: Progress
+def open_loader(
+    config: RunConfig, plan: Plan, model: ModelConfig, context: ParallelContext, position: int
 ) -> BatchLoader:
+    """This data rank's micro-batches from sample `position` on."""
     dataset = build_train_dataset(
         config.data,
         sequence_length=plan.sequence_length,
         samples=plan.samples,
-        vocab_size=origin.model.vocab_size,
+        vocab_size=model.vocab_size,
     )
     return BatchLoader(
         dataset,
@@ -265,8 +267,8 @@ def _open_loader(
         micro_batch=config.train.micro_batch,
         rank=context.data.rank,
         size=context.data.size,
-        vocab_size=origin.model.vocab_size,
-        position=progress.consumed_samples,
+        vocab_size=model.vocab_size,
+        position=position,
     )
 
 
@@ -304,8 +306,11 @@ def _describe_run(
         f"parts of {describe_partition(plan.parts)}" if grid.pipeline > 1 else "one stage",
         origin.description,
     )
+    notice = dropout_notice(origin.huggingface)
+    if notice is not None:
+        _logger.info("%s", notice)
     _logger.info(
-        "grid: tensor %d x data %d x pipeline %d on %d %s%s%s%s; %s; optimizer state %s on rank 0",
+        "grid: tensor %d x %sdata %d x pipeline %d on %d %s%s%s%s; %s; optimizer state %s on rank 0",
         grid.tensor,
         f"context {grid.context} x " if grid.context > 1 else "",
         grid.data,
@@ -333,5 +338,5 @@ def _describe_run(
 
 
 def _describe_pipeline(config: RunConfig) -> str:
-    chunks = f" of {config.parallel.chunks} chunks a stage" if config.parallel.chunks > 1 else ""
+    chunks = f", {config.parallel.chunks} chunks a stage" if config.parallel.chunks > 1 else ""
     return f", {config.parallel.schedule}{chunks}"

@@ -55,6 +55,16 @@ def describe_model(config: RunConfig) -> tuple[ModelConfig, str]:
     return model, f"a model of {format_count(model.num_parameters)} parameters"
 
 
+def shrunk_model(config: RunConfig) -> ModelConfig:
+    """The model that a configuration speaks of, with what it states put in place of what its source has: for trying a
+    smaller one. Raises ConfigError where nothing says what the model is."""
+    path = config.checkpoint.load or config.model.init_from
+    if path is None or not Path(path).exists():
+        return _from_settings(config.model).model
+    with open_source(path) as source:
+        return ModelConfig.from_huggingface({**source.model_config, **_stated(config.model)})
+
+
 def find_origin(config: RunConfig, world: World) -> Origin:
     """Decide what the run starts from, alike on all ranks.
 

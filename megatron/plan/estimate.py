@@ -1,8 +1,8 @@
 """From recordings of single ranks to the step of the whole run.
 
-Each kind of stage is recorded once, with as many micro-batches as it needs to be as full as it gets. Actions of one
-kind take the same time, so the schedule simulator spreads them over all micro-batches. What a stage does after its
-last action (the rest of the reduction, norm, update) is played event by event, and ends the step.
+Each kind of stage is recorded once, with a few micro-batches. Actions of one kind take the same time and leave the same
+activations, so the schedule simulator spreads them over all micro-batches, and counts how many are alive. What a stage
+does after its last action (the rest of the reduction, norm, update) is played event by event, and ends the step.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from megatron.plan.result import Bar, Result, StageResult, Traffic
 from megatron.plan.timeline import Timeline
 from megatron.train.build import Plan, make_plan
 
-# A pipeline has shown all it does once this many rounds of it are through.
-_ROUNDS, _FEWEST = 2, 4
+_RECORDED = 6  # micro-batches: the first, the last, and some between
 
 
 @dataclass(frozen=True)
@@ -51,30 +50,59 @@ class _Played:
         return len(next(iter(self.seconds.values())))
 
 
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run as recorded, without hardware: the ranks of each kind of stage, and the kind of every stage."""
+
+    config: RunConfig
+    model: ModelConfig
+    plan: Plan
+    world_size: int
+    schedule: Schedule
+    records: Mapping[int, list[RankRecord]]
+    like: list[int]
+
+
 def estimate(
     config: RunConfig, model: ModelConfig, world_size: int, gpu: Gpu, interconnect: Interconnect, title: str = "model"
 ) -> Result:
     """Plan a run. Raises ConfigError for what cannot be run on so many GPUs."""
+    return price(record(config, model, world_size), gpu, interconnect, title)
+
+
+def record(config: RunConfig, model: ModelConfig, world_size: int, *, both_ends: bool = True) -> RecordedRun:
+    """Run the step as each kind of rank. With `both_ends` the first and the last tensor rank of a stage are recorded,
+    so that they can be compared. Raises ConfigError for what cannot be run on so many GPUs."""
     plan = make_plan(config, model, world_size)
-    costs = Costs(gpu, interconnect, config.train.precision)
     stages, chunks = plan.grid.pipeline, config.parallel.chunks
     schedule = make_schedule(config.parallel.schedule, stages, plan.micro_batches, chunks)
-    recorded = recorded_micro_batches(plan)
     like = representatives(plan.parts, stages)
-    records = record_stages(config, plan, model, sorted(set(like)), recorded)
-    played = {stage: _play(ranks[0], costs) for stage, ranks in records.items()}
-    by_stage = [played[kind] for kind in like]
-    simulation = simulate(schedule, _durations(by_stage, plan), _transfers(by_stage, costs), chunks)
-    ends = [bars[-1].stop + stage.update_s for bars, stage in zip(simulation.bars, by_stage, strict=True)]
+    tensor_ranks = sorted({0, plan.grid.tensor - 1}) if both_ends else [0]
+    micro_batches = recorded_micro_batches(plan, chunks)
+    records = {
+        stage: [
+            run_rank(config, plan, model, stage=stage, tensor_rank=rank, micro_batches=micro_batches)
+            for rank in tensor_ranks
+        ]
+        for stage in sorted(set(like))
+    }
+    return RecordedRun(config, model, plan, world_size, schedule, records, like)
+
+
+def price(run: RecordedRun, gpu: Gpu, interconnect: Interconnect, title: str = "model") -> Result:
+    """Put a recorded run on hardware."""
+    config, plan, chunks = run.config, run.plan, run.config.parallel.chunks
+    costs = Costs(gpu, interconnect, config.train.precision)
+    played = {stage: _play(ranks[0], costs) for stage, ranks in run.records.items()}
+    stages = [played[kind] for kind in run.like]
+    simulation = simulate(run.schedule, _durations(stages, plan), _transfers(stages, costs), chunks)
+    ends = [bars[-1].stop + stage.update_s for bars, stage in zip(simulation.bars, stages, strict=True)]
     step_s = max(ends)
-    results = [
-        _stage_result(number, stage, schedule[number], plan, gpu, step_s) for number, stage in enumerate(by_stage)
-    ]
     tokens = config.train.global_batch * plan.sequence_length
     return Result(
         title=title,
         layout=_layout(config, plan),
-        gpus=world_size,
+        gpus=run.world_size,
         gpu=gpu.description,
         interconnect=interconnect.description,
         peak_flops_per_s=gpu.peak_flops_per_s(config.train.precision),
@@ -84,46 +112,35 @@ def estimate(
         steps=config.train.steps,
         step_s=step_s,
         bubble=_idle_share(simulation, step_s),
-        model_flops_causal=model_flops_per_token(model, plan.sequence_length),
-        model_flops_full=model_flops_per_token(model, plan.sequence_length, causal=False),
-        hardware_flops=sum(_flops(stage, plan) for stage in by_stage) * plan.grid.tensor * plan.grid.data / tokens,
-        stages=tuple(results),
-        traffic=tuple(entry for number, stage in enumerate(by_stage) for entry in _traffic(number, stage, plan, costs)),
+        model_flops_causal=model_flops_per_token(run.model, plan.sequence_length),
+        model_flops_full=model_flops_per_token(run.model, plan.sequence_length, causal=False),
+        hardware_flops=sum(_flops(stage, plan) for stage in stages) * run.world_size / plan.grid.pipeline / tokens,
+        stages=tuple(
+            _stage_result(number, stage, run.schedule[number], plan, gpu, step_s) for number, stage in enumerate(stages)
+        ),
+        traffic=tuple(entry for number, stage in enumerate(stages) for entry in _traffic(number, stage, plan, costs)),
         timeline=tuple(
             Bar(bar.stage, label(bar.action), bar.start, bar.stop) for bars in simulation.bars for bar in bars
         ),
-        problems=tuple(mismatches(records, like)),
+        problems=tuple(mismatches(run.records, run.like)),
     )
 
 
-def recorded_micro_batches(plan: Plan) -> int:
-    """How many micro-batches a recording has."""
+def recorded_micro_batches(plan: Plan, chunks: int) -> int:
+    """How many micro-batches a recording has: enough for some in the middle, which are like all others."""
     stages = plan.grid.pipeline
-    return min(plan.micro_batches, max(_ROUNDS * stages, math.ceil(_FEWEST / stages) * stages))
+    unit = stages if chunks > 1 else 1
+    return min(plan.micro_batches, math.ceil(_RECORDED / unit) * unit)
 
 
 def representatives(parts: Sequence[Part], stages: int) -> list[int]:
     """For each stage the first one with as many layers in each chunk, and embedding and head alike: it is recorded in
-    the place of all of them. A later one holds fewer micro-batches, which is taken off its memory."""
+    the place of all of them. How many micro-batches a stage holds is counted in its memory."""
     shapes = [
         [(len(part.layers), part.first, part.last) for part in parts_of_stage(parts, stages, stage)]
         for stage in range(stages)
     ]
     return [shapes.index(shape) for shape in shapes]
-
-
-def record_stages(
-    config: RunConfig, plan: Plan, model: ModelConfig, stages: Sequence[int], micro_batches: int
-) -> dict[int, list[RankRecord]]:
-    """Recordings of the first and the last tensor rank of each of these stages."""
-    tensor_ranks = sorted({0, plan.grid.tensor - 1})
-    return {
-        stage: [
-            run_rank(config, plan, model, stage=stage, tensor_rank=rank, micro_batches=micro_batches)
-            for rank in tensor_ranks
-        ]
-        for stage in stages
-    }
 
 
 def peak_bytes_of_first_stage(config: RunConfig, model: ModelConfig, world_size: int, gpu: Gpu) -> int:
@@ -134,7 +151,7 @@ def peak_bytes_of_first_stage(config: RunConfig, model: ModelConfig, world_size:
     plan = make_plan(config, model, world_size)
     stages = plan.grid.pipeline
     schedule = make_schedule(config.parallel.schedule, stages, plan.micro_batches, config.parallel.chunks)
-    few = min(plan.micro_batches, stages)
+    few = recorded_micro_batches(plan, config.parallel.chunks)
     record = run_rank(config, plan, model, stage=0, micro_batches=few)
     memory = _memory(peak_memory(record.recording), live_micro_batches(record.actions), schedule[0])
     return sum(memory.values()) + _reserved(memory, gpu)

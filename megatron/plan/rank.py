@@ -13,6 +13,8 @@ import torch
 
 from megatron.config.run import RunConfig
 from megatron.data.loader import MicroBatch
+from megatron.kernels.eager_attention import eager_causal_attention
+from megatron.kernels.vendor.select import VendorKernels
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import ParallelContext, connect
 from megatron.parallel.pipeline.schedule import Action, label
@@ -20,6 +22,7 @@ from megatron.plan.communicator import RecordingCommunicator
 from megatron.plan.memory import GRADIENTS, OPTIMIZER, WEIGHTS
 from megatron.plan.recorder import Message, Phase, Recorder, Recording, Start
 from megatron.train.build import Plan, build_step
+from megatron.train.kernels import install
 from megatron.train.step import TrainingStep
 
 META = torch.device("meta")
@@ -69,12 +72,15 @@ def run_rank(
             sequence=plan.sequence_parallel,
             num_key_value_heads=model.num_key_value_heads,
             wraps=config.parallel.chunks > 1,
+            context_attention=config.parallel.context_attention,
             make=lambda ranks: RecordingCommunicator(recorder, ranks),
         )
         for axis in context.axes():
             if isinstance(axis.communicator, RecordingCommunicator):
                 axis.communicator.axis = axis.name
         step = build_step(config, plan, model, context, device)
+        if config.kernels.attention == "eager":
+            install(VendorKernels(attend=eager_causal_attention), step.model)
         _label(recorder, step)
         batch = _batch(config, plan, device)
         step(batch, 1)
@@ -92,10 +98,8 @@ def run_rank(
 
 def _batch(config: RunConfig, plan: Plan, device: torch.device) -> list[MicroBatch]:
     shape = (config.train.micro_batch, plan.sequence_length)
-    return [
-        MicroBatch(*(torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)))
-        for _ in range(plan.micro_batches)
-    ]
+    tokens, labels = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+    return [MicroBatch(tokens.clone(), labels.clone()) for _ in range(plan.micro_batches)]
 
 
 def _label(recorder: Recorder, step: TrainingStep) -> None:

@@ -40,7 +40,7 @@ def test_few_recorded_micro_batches_give_what_all_of_them_give(
 ) -> None:
     run, gpus = config(global_batch=16, **parallel), parallel["pipeline"] * parallel.get("tensor", 1)
     few = plan(run, gpus)
-    monkeypatch.setattr(module, "recorded_micro_batches", lambda plan: plan.micro_batches)
+    monkeypatch.setattr(module, "recorded_micro_batches", lambda plan, chunks: plan.micro_batches)
     monkeypatch.setattr(module, "representatives", lambda parts, stages: list(range(stages)))
     everything = plan(run, gpus)
     assert few.step_s == pytest.approx(everything.step_s, rel=1e-3)

@@ -53,9 +53,8 @@ def report(cases: Sequence[Case], gpu: str, fitted: NDArray[np.float64]) -> None
         left_out = residuals([cases[number]], gpu, fit(others, gpu, fitted, iterations=1))[0]
         say(f"{row.name:<24} {np.expm1(errors[number]):+7.1%}   fitted without it {np.expm1(left_out):+7.1%}")
     absolute = [abs(np.expm1(error)) for error in errors]
-    say(
-        f"median {statistics.median(absolute):.1%}, largest {max(absolute):.1%}, {len(fitted)} figures, {len(cases)} runs"
-    )
+    middle, largest = statistics.median(absolute), max(absolute)
+    say(f"median {middle:.1%}, largest {largest:.1%}; {len(fitted)} figures, {len(cases)} runs")
 
 
 def fit(

@@ -18,7 +18,15 @@ from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
 from megatron.model.flops import model_flops_per_token
 from megatron.parallel.pipeline.partition import Part, parts_of_stage
-from megatron.parallel.pipeline.schedule import LETTERS, Action, Channel, label, live_micro_batches, make_schedule
+from megatron.parallel.pipeline.schedule import (
+    LETTERS,
+    Action,
+    Channel,
+    Schedule,
+    label,
+    live_micro_batches,
+    make_schedule,
+)
 from megatron.parallel.pipeline.simulate import Simulation, simulate
 from megatron.plan.costs import Costs, ring_bytes
 from megatron.plan.hardware import Gpu, Interconnect

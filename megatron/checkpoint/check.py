@@ -11,24 +11,24 @@ import torch
 
 from megatron.checkpoint.safetensors_file import BLOCK_BYTES
 from megatron.checkpoint.source import Source
+from megatron.model.families import family_of
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
-
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_BUFFER = "rotary_emb.inv_freq"  # written by old exports; a function of the configuration, and no weight
 
 
 def check_weights(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise one CheckpointError with every weight that is missing, unexpected or of another shape than expected.
 
-    `expected` are the canonical names and shapes of the model (`canonical_shapes`). Rotary frequency buffers are passed
-    over, and so is the output layer of a model with tied embeddings if it equals the embedding.
+    `expected` are the canonical names and shapes of the model (`canonical_shapes`). Buffers that old exports wrote
+    (rotary frequencies, causal masks) are functions of the configuration and passed over, and so is the output layer of
+    a model with tied embeddings if it equals the embedding.
     """
-    found = source.shapes()
+    found, family = source.shapes(), family_of(source.model_config)
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(name for name in found.keys() - expected.keys() if not name.endswith(_BUFFER))
-    if _HEAD in unexpected and _is_copy(source, _HEAD, _EMBEDDING):
-        unexpected.remove(_HEAD)
+    unexpected = sorted(name for name in found.keys() - expected.keys() if not name.endswith(family.buffers))
+    if head in unexpected and _is_copy(source, head, embedding):
+        unexpected.remove(head)
     shapes = [
         f"{name} has shape {list(found[name])}, config.json makes it {list(shape)}"
         for name, shape in expected.items()

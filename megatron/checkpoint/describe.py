@@ -51,7 +51,7 @@ def table(description: dict[str, Any]) -> list[tuple[str, str]]:
     """The description as (label, text) in reading order, without what does not apply."""
     native = description["format"] == "native"
     files, parameters = description["weight_files"], description["parameters"]
-    grid = description["saved_with"] or {}
+    grid, model = description["saved_with"] or {}, description["model"] or {}
     optimizer = description["optimizer_bytes"]
     kinds = f"{', '.join(optimizer)}, {format_bytes(sum(optimizer.values()))}" if optimizer else "none"
     rows = [
@@ -62,7 +62,7 @@ def table(description: dict[str, Any]) -> list[tuple[str, str]]:
         ("consumed tokens", _count(description["consumed_tokens"])),
         ("consumed samples", _count(description["consumed_samples"])),
         ("saved with", ", ".join(f"{name} {value}" for name, value in grid.items() if value is not None)),
-        *((name.replace("_", " "), str(value)) for name, value in (description["model"] or {}).items()),
+        *((name.replace("_", " "), str(value)) for name, value in model.items() if value is not None),
         ("parameters", f"{parameters:,} ({format_count(parameters)})"),
         ("weights", f"{description['tensors']} tensors in {' and '.join(description['dtypes'])}"),
         ("weight files", f"{len(files)}, {format_bytes(description['weight_bytes'])}: {_ends(files)}"),

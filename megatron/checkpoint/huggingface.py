@@ -6,7 +6,8 @@ It knows `model.safetensors`, `model.safetensors.index.json` and `config.json`, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,22 @@ def index_huggingface(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]
     if problems:
         raise CheckpointError(f"{folder / SHARD_INDEX} does not agree with its shards: {_some(problems)}.")
     return tensors, files
+
+
+def with_prefix(tensors: Mapping[str, StoredTensor], prefix: str, complete: Container[str]) -> dict[str, StoredTensor]:
+    """The tensors of a file saved from a model without its head, whose names lack the prefix: under canonical names.
+
+    `complete` are the names that have no prefix in any file.
+    """
+
+    def renamed(name: str, stored: StoredTensor) -> StoredTensor:
+        region = Region.whole(name, stored.shape)
+        return replace(stored, pieces=tuple(replace(piece, region=region) for piece in stored.pieces))
+
+    if any(name.startswith(prefix) for name in tensors):
+        return dict(tensors)
+    names = {name: name if name in complete else prefix + name for name in tensors}
+    return {names[name]: renamed(names[name], stored) for name, stored in tensors.items()}
 
 
 def shard_names(count: int) -> list[str]:

@@ -1,7 +1,8 @@
 """Reading slices of canonical tensors from wherever a model is kept.
 
 A Hugging Face folder, one of our step folders and a save folder look the same through `Source`. It must not know ranks
-or models: who reads what is the caller's business, and a rank's reads touch only the files and rows it asks for.
+or models, but for the part of their names that a family's files may leave out: who reads what is the caller's business,
+and a rank's reads touch only the files and rows it asks for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron.checkpoint.huggingface import (
     is_huggingface,
     read_config,
     refuse_pickles,
+    with_prefix,
 )
 from megatron.checkpoint.index import Index, StoredPiece, StoredTensor
 from megatron.checkpoint.manager import newest_checkpoint, read_pointer
@@ -35,6 +37,7 @@ from megatron.checkpoint.native import (
     step_of,
 )
 from megatron.checkpoint.safetensors_file import SafetensorsReader
+from megatron.model.families import FAMILIES
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
 
@@ -158,6 +161,9 @@ def open_source(path: str | Path) -> Source:
         return Source(folder, manifest.index, weight_files, manifest)
     if is_huggingface(folder):
         tensors, weight_files = index_huggingface(folder)
+        family = FAMILIES.get(str(read_config(folder).get("model_type")))
+        if family is not None:
+            tensors = with_prefix(tensors, family.prefix, {f"{family.head}.weight"})
         return Source(folder, {"weights": tensors}, weight_files, None)
     if read_pointer(folder) is not None or any(step_of(child.name) is not None for child in folder.iterdir()):
         newest = newest_checkpoint(folder)

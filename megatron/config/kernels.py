@@ -21,6 +21,11 @@ class KernelsConfig:
         "`native`: compiled kernels, an error where there are none; `reference`: plain PyTorch, slower; "
         "`auto`: compiled kernels where there are some.",
     )
+    attention: Literal["auto", "eager"] = key(
+        "auto",
+        "`eager` keeps the probabilities of all pairs, as systems before flash attention did: slower and larger, for "
+        "reproducing and planning those.",
+    )
     flash_attention: bool = key(False, "Attention by the flash-attn library (bf16 on a GPU).")
     apex: bool = key(
         False, "Add up weight gradients in NVIDIA apex's fused product (bf16 on a GPU): one pass less for each."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron.config.key import key
 
@@ -12,7 +13,8 @@ class ModelSettings:
     """What a run says about its model. Fields are named as in Hugging Face's `config.json`.
 
     null means: as in the source (`init_from` or a checkpoint). Without a source the first five sizes must be given, as
-    a preset does, and null is Llama's default. A value that contradicts the source is an error, so a preset may state
+    a preset does (`intermediate_size` may be left to `gpt2`, where it is 4 hidden sizes), and null is the family's
+    default. A value that contradicts the source is an error, so a preset may state
     the shape that it expects.
     """
 
@@ -21,9 +23,14 @@ class ModelSettings:
         "Hugging Face folder or one of our checkpoints to take the weights from, at step 0. "
         "Without it the weights are random.",
     )
+    model_type: Literal["llama", "gpt2", "gpt_neox"] | None = key(
+        None,
+        "Family of a model made at random: `llama` (the default); `gpt2`: GPT with learned positions; `gpt_neox`: GPT "
+        "with rotary positions. See docs/families.md.",
+    )
     vocab_size: int | None = key(None, "Number of token ids the embedding knows, before any padding.", minimum=1)
     hidden_size: int | None = key(None, "Width of the residual stream.", minimum=1)
-    intermediate_size: int | None = key(None, "Width of the SwiGLU feed-forward layer.", minimum=1)
+    intermediate_size: int | None = key(None, "Width of the feed-forward layer.", minimum=1)
     num_hidden_layers: int | None = key(None, "Number of decoder layers.", minimum=1)
     num_attention_heads: int | None = key(None, "Number of query heads.", minimum=1)
     num_key_value_heads: int | None = key(
@@ -34,6 +41,10 @@ class ModelSettings:
     )
     max_position_embeddings: int | None = key(None, "Longest sequence the model is made for, in tokens.", minimum=1)
     rms_norm_eps: float | None = key(None, "Epsilon of RMSNorm.", above=0.0)
+    layer_norm_eps: float | None = key(None, "Epsilon of LayerNorm, which `gpt2` and `gpt_neox` have.", above=0.0)
+    hidden_act: Literal["silu", "gelu", "gelu_new"] | None = key(
+        None, "Activation: `silu` is Llama's SwiGLU; `gelu` and its tanh approximation `gelu_new` are for the others."
+    )
     rope_theta: float | None = key(None, "Base of the rotary angles.", above=0.0)
     tie_word_embeddings: bool | None = key(None, "Whether the output layer is the embedding.")
     initializer_range: float | None = key(None, "Standard deviation of random initial weights.", above=0.0)

@@ -136,6 +136,12 @@ def _kernel_problems(config: RunConfig) -> Iterator[Problem]:
             "kernels.fp8=true is refused: FP8 products by Transformer Engine could not be proven right without a GPU, "
             "and unproven they are not offered; use kernels.fp8=false, and train.precision=bf16 for speed",
         )
+    if kernels.attention == "eager" and kernels.flash_attention:
+        yield Problem(
+            ("kernels.attention", "kernels.flash_attention"),
+            "kernels.attention=eager with kernels.flash_attention=true: attention is computed in one way; use "
+            "kernels.attention=auto, or kernels.flash_attention=false",
+        )
     for name in ("flash_attention", "apex"):
         if getattr(kernels, name) and precision != "bf16":
             yield Problem(

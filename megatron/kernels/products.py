@@ -24,6 +24,7 @@ def operand(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """inputs [..., in] · weightᵀ [out, in] → [..., out], in the inputs' dtype."""
-    return F.linear(operand(inputs), operand(weight)).to(inputs.dtype)
+def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """inputs [..., in] · weightᵀ [out, in] + bias [out] → [..., out], in the inputs' dtype."""
+    offset = None if bias is None else operand(bias)
+    return F.linear(operand(inputs), operand(weight), offset).to(inputs.dtype)

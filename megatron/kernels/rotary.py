@@ -16,13 +16,17 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def rotary_tables(
-    sequence_length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+    sequence_length: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position · theta^(−2i/d), each [sequence_length, head_dim], both halves alike.
 
-    Angles are computed in max(float32, dtype), as transformers does in float32.
+    Angles are computed in max(float32, dtype), as transformers does in float32. Without a theta (positions are learned)
+    they are 0: what splits qkv into heads then leaves the elements as they are.
     """
     wide = statistics_dtype(dtype)
+    if theta is None:
+        ones = torch.ones(sequence_length, head_dim, dtype=wide, device=device)
+        return ones, torch.zeros_like(ones)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).to(wide) / head_dim
     inverse_frequency = 1.0 / (theta**exponents)
     positions = torch.arange(sequence_length, dtype=torch.int64, device=device).to(wide)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from megatron.kernels.attention import Attend, causal_attention
 from megatron.kernels.rotary import rotary_split
 from megatron.model.config import ModelConfig
+from megatron.model.placement import LinearSpec, column_spec, row_spec
 from megatron.model.recompute import computed_again
 from megatron.parallel.layers import ShardedParameter, column_linear, row_linear
-from megatron.parallel.layout import Piece, Region, ShardSpec
 from megatron.parallel.mesh import ParallelContext
 
 
@@ -24,7 +26,7 @@ class Attention(nn.Module):
         self,
         config: ModelConfig,
         context: ParallelContext,
-        prefix: str,
+        layer: str,
         dtype: torch.dtype,
         device: torch.device,
         recompute_order: bool = False,
@@ -35,19 +37,21 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // context.tp.size
         self.num_key_value_heads = max(1, config.num_key_value_heads // context.tp.size)
-        qkv, output = attention_specs(config, context, prefix)
-        self.qkv = ShardedParameter.create(torch.empty(qkv.shape, dtype=dtype, device=device), qkv)
-        self.output = ShardedParameter.create(torch.empty(output.shape, dtype=dtype, device=device), output)
+        qkv, output = attention_specs(config, context, layer)
+        self.qkv = ShardedParameter.empty(qkv.weight, dtype, device)
+        self.qkv_bias = None if qkv.bias is None else ShardedParameter.empty(qkv.bias, dtype, device)
+        self.output = ShardedParameter.empty(output.weight, dtype, device)
+        self.output_bias = None if output.bias is None else ShardedParameter.empty(output.bias, dtype, device)
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same; cos and sin [s, d]."""
-        fused = column_linear(hidden, self.qkv, self.context)  # [s, b, (heads + 2 kv)/tp · d]
+        fused = column_linear(hidden, self.qkv, self.context, self.qkv_bias)  # [s, b, (heads + 2 kv)/tp · d]
         query, key, value = rotary_split(fused, cos, sin, self.num_heads, self.num_key_value_heads)
         mixed = self.attend(query, key, value)  # [b, heads/tp, s, d]
         kept, dtype = mixed.detach(), fused.dtype
         joined = _join_heads(mixed, dtype)
         with computed_again(joined, lambda: _join_heads(kept, dtype), active=self.recompute_order):
-            return row_linear(joined, self.output, self.context)
+            return row_linear(joined, self.output, self.context, self.output_bias)
 
 
 def _join_heads(mixed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -55,28 +59,22 @@ def _join_heads(mixed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mixed.permute(2, 0, 1, 3).flatten(2).to(dtype)
 
 
-def attention_specs(config: ModelConfig, context: ParallelContext, prefix: str) -> tuple[ShardSpec, ShardSpec]:
-    """(fused qkv, output) of one layer on this rank; `prefix` is as `model.layers.3.self_attn`.
+def attention_specs(config: ModelConfig, context: ParallelContext, layer: str) -> tuple[LinearSpec, LinearSpec]:
+    """(fused qkv, output) of one layer on this rank; `layer` is as `model.layers.3`.
 
     With more tensor ranks than key/value heads each head is copied to `kv.size` ranks, whose gradients are parts:
     each comes from that rank's query heads alone.
     """
-    tp, kv, d, hidden = context.tp, context.kv, config.head_dim, config.hidden_size
-    query_rows = config.num_attention_heads // tp.size * d
-    key_rows = max(1, config.num_key_value_heads // tp.size) * d
-    key_start = tp.rank // kv.size * key_rows
-    all_keys = config.num_key_value_heads * d
-    all_queries = config.num_attention_heads * d
-    pieces = [
-        Piece(
-            Region(f"{prefix}.q_proj.weight", (all_queries, hidden), (tp.rank * query_rows, 0), (query_rows, hidden)),
-            (0, 0),
-        )
-    ]
-    for at, name in enumerate(("k_proj", "v_proj")):
-        region = Region(f"{prefix}.{name}.weight", (all_keys, hidden), (key_start, 0), (key_rows, hidden))
-        place, copied = (query_rows + at * key_rows, 0), kv.size > 1
-        pieces.append(Piece(region, place, copy_axis="kv" if copied else None, copy_rank=kv.rank, partial=copied))
-    qkv = ShardSpec((query_rows + 2 * key_rows, hidden), tuple(pieces))
-    output = Region(f"{prefix}.o_proj.weight", (hidden, all_queries), (0, tp.rank * query_rows), (hidden, query_rows))
-    return qkv, ShardSpec((hidden, query_rows), (Piece(output, (0, 0)),))
+    tp, kv, family = context.tp, context.kv, config.family
+    heads = config.num_attention_heads // tp.size
+    key_heads = max(1, config.num_key_value_heads // tp.size)
+    first, first_key = tp.rank * heads, tp.rank // kv.size * key_heads
+    queries, keys, values = family.query_key_value(
+        config, range(first, first + heads), range(first_key, first_key + key_heads)
+    )
+    if kv.size > 1:
+        keys, values = ([replace(run, copy_axis="kv", copy_rank=kv.rank) for run in runs] for runs in (keys, values))
+    rows = [*queries, *keys, *values]
+    qkv = column_spec(family, layer, rows, config.hidden_size, bias=config.query_key_value_bias)
+    name, width = f"{layer}.{family.attention_output}", config.num_attention_heads * config.head_dim
+    return qkv, row_spec(family, context, name, config.hidden_size, width, bias=config.attention_output_bias)

@@ -12,7 +12,7 @@ from megatron.config.train import Recompute
 from megatron.model.attention import Attention
 from megatron.model.config import ModelConfig
 from megatron.model.mlp import FeedForward
-from megatron.model.norm import Norm
+from megatron.model.norm import Norm, make_norm
 from megatron.model.recompute import computed_again
 from megatron.parallel.mesh import ParallelContext
 
@@ -31,12 +31,12 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
-        prefix = f"model.layers.{index}"
-        self.attention_norm = Norm(config, context, f"{prefix}.input_layernorm.weight", dtype, device)
+        family, layer = config.family, config.family.layer(index)
+        self.attention_norm = make_norm(config, context, f"{layer}.{family.attention_norm}", dtype, device)
         selective = recompute == "selective"
-        self.attention = Attention(config, context, f"{prefix}.self_attn", dtype, device, recompute_order=selective)
-        self.feed_forward_norm = Norm(config, context, f"{prefix}.post_attention_layernorm.weight", dtype, device)
-        self.feed_forward = FeedForward(config, context, f"{prefix}.mlp", dtype, device, recompute_product=selective)
+        self.attention = Attention(config, context, layer, dtype, device, recompute_order=selective)
+        self.feed_forward_norm = make_norm(config, context, f"{layer}.{family.feed_forward_norm}", dtype, device)
+        self.feed_forward = FeedForward(config, context, layer, dtype, device, recompute_product=selective)
 
     def forward(
         self, hidden: torch.Tensor, branch: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor

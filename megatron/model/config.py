@@ -1,6 +1,7 @@
-"""What a Llama model is, as its `config.json` says it.
+"""What a model is: the sizes and functions that its layers are made from, whatever family it belongs to.
 
-Fields have Hugging Face's names. What would change the function and is not built here is refused, never ignored.
+Fields have the names that Hugging Face's `config.json` most often uses. Reading and writing one is the families' part
+(`megatron.model.families`): what would change the function and is not built here is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron.model.families import FAMILIES, family_of
+from megatron.model.families.family import Family
 from megatron.utils.errors import ConfigError
 
 # Matrix products with odd extents (a vocabulary of 32,017) run several times slower on tensor cores.
@@ -18,7 +21,11 @@ _VOCAB_SHARE_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of one Llama model (sizes in elements)."""
+    """The architecture of one model (sizes in elements); the defaults are Llama's.
+
+    One of the two eps is set: it says which norm the layers have. Without a `rope_theta` positions are learned. With
+    `silu` the feed-forward layer is gated (SwiGLU).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -28,16 +35,23 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    rms_norm_eps: float | None = 1e-5
+    rope_theta: float | None = 10000.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    model_type: str = "llama"
+    layer_norm_eps: float | None = None
+    hidden_act: str = "silu"
+    query_key_value_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         problems = [
-            f"{field.name}={getattr(self, field.name)} must be positive"
-            for field in fields(self)
-            if field.name != "tie_word_embeddings" and not getattr(self, field.name) > 0
+            f"{name}={value} must be positive"
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0
         ]
         if not problems and self.num_attention_heads % self.num_key_value_heads:
             problems.append(
@@ -48,83 +62,74 @@ class ModelConfig:
             problems.append(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of elements")
         if problems:
             raise ConfigError("The model is impossible: " + "; ".join(problems) + ".")
+        assert (self.rms_norm_eps is None) != (self.layer_norm_eps is None), self
+        assert (self.rope_theta is None) == (self.family.positions is not None), self
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read the content of a `config.json`, in the spelling of transformers 4 or 5.
 
-        Raises ConfigError where a size is missing or a setting asks for a function that is not Llama's.
+        Raises ConfigError where a size is missing or a setting asks for a function that is not built.
         """
-        _refuse_wrong_types(config)
-        _refuse_other_functions(config)
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [name for name in required if config.get(name) is None]
-        if missing:
-            raise ConfigError(f"config.json lacks {', '.join(missing)}: a Llama model cannot be built without.")
-        heads = int(config["num_attention_heads"])
-        if config.get("head_dim") is None and int(config["hidden_size"]) % max(heads, 1):
-            raise ConfigError(
-                f"hidden_size={config['hidden_size']} is not divisible by num_attention_heads={heads}; "
-                "set head_dim if the heads are of another size."
+        family = family_of(config)
+        return cls(**family.fields(config), model_type=family.model_type)
+
+    @classmethod
+    def from_settings(cls, stated: Mapping[str, Any]) -> ModelConfig:
+        """A model of the stated fields, the others being the family's defaults.
+
+        Raises ConfigError where a size is missing, or a field is stated that the family has no use for.
+        """
+        family = family_of(stated)
+        own = {family.own_names.get(name, name): value for name, value in stated.items()}
+        model = cls.from_huggingface({**family.own_defaults, **own})
+        contradictions = model.contradictions(stated)
+        if contradictions:
+            listed = "; ".join(
+                f"model.{name}={value} (would be {getattr(model, name)})" for name, value in contradictions
             )
-        defaults = {field.name: field.default for field in fields(cls)}
+            raise ConfigError(f"A model of model_type={family.model_type} cannot have {listed}. Leave these keys out.")
+        return model
 
-        def optional(name: str) -> Any:
-            return defaults[name] if config.get(name) is None else config[name]
-
-        return cls(
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
-            num_hidden_layers=int(config["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // max(heads, 1)),
-            # transformers' own defaults for LlamaConfig, for files that leave these out
-            max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
-            rms_norm_eps=float(1e-6 if config.get("rms_norm_eps") is None else config["rms_norm_eps"]),
-            rope_theta=_rope_theta(config),
-            tie_word_embeddings=bool(optional("tie_word_embeddings")),
-            initializer_range=float(optional("initializer_range")),
-        )
+    def contradictions(self, stated: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """The stated fields, with their values, that this model has otherwise."""
+        return [(name, value) for name, value in stated.items() if getattr(self, name) != value]
 
     def to_huggingface(self, dtype: str = "float32") -> dict[str, Any]:
         """The content of a `config.json` that transformers 4 and 5 both read; `dtype` is torch's name, as
         `bfloat16`.
         """
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "initializer_range": self.initializer_range,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pretraining_tp": 1,
-            "use_cache": True,
-        }
-        return spell_for_both(config, dtype)
+        return spell_for_both(self.family.write(self), dtype)
+
+    @property
+    def family(self) -> Family:
+        """Where the canonical weights lie."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def norm_eps(self) -> float:
+        """Epsilon of whichever norm the layers have."""
+        eps = self.layer_norm_eps if self.rms_norm_eps is None else self.rms_norm_eps
+        assert eps is not None
+        return eps
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward layer is a product of two."""
+        return self.hidden_act == "silu"
 
     @property
     def num_parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
-        attention = self.head_dim * (self.num_attention_heads + self.num_key_value_heads) * 2 * self.hidden_size
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
-        return embeddings + self.num_hidden_layers * layer + self.hidden_size
+        hidden, inner, inputs = self.hidden_size, self.intermediate_size, 2 if self.is_gated else 1
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        norm = hidden * (1 if self.layer_norm_eps is None else 2)
+        layer = 2 * (queries + keys) * hidden + (inputs + 1) * hidden * inner + 2 * norm
+        layer += self.query_key_value_bias * (queries + 2 * keys) + self.attention_output_bias * hidden
+        layer += self.mlp_bias * (inputs * inner + hidden)
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
+        positions = self.max_position_embeddings * hidden if self.rope_theta is None else 0
+        return embeddings + positions + self.num_hidden_layers * layer + norm
 
     def padded_vocab_size(self, tensor: int) -> int:
         """The vocabulary as `tensor` ranks hold it: rounded up to equal shares that suit the matrix units."""
@@ -133,68 +138,8 @@ class ModelConfig:
 
 
 def spell_for_both(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The content of a `config.json` with the rotary base and the dtype as transformers 4 and 5 each spell them.
+    """The content of a `config.json` with everything spelled for transformers 4 and 5 alike, and the dtype stated.
 
     Every other key stays as it was. A reader that finds only the other's spelling takes its default instead, silently.
     """
-    theta = _rope_theta(config)
-    return {
-        **config,
-        "rope_theta": theta,
-        "rope_scaling": None,
-        "rope_parameters": {**(config.get("rope_parameters") or {}), "rope_type": "default", "rope_theta": theta},
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
-
-
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base: transformers 4 writes `rope_theta`, transformers 5 `rope_parameters.rope_theta`.
-
-    transformers also reads one inside `rope_scaling`.
-    """
-    stated = {"rope_theta": config.get("rope_theta")}
-    for name in ("rope_parameters", "rope_scaling"):
-        stated[f"{name}.rope_theta"] = (config.get(name) or {}).get("rope_theta")
-    found = {name: float(base) for name, base in stated.items() if base is not None}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{name}={base}" for name, base in found.items())
-        raise ConfigError(f"config.json contradicts itself: {listed}; remove the wrong one.")
-    return next(iter(found.values()), 10000.0)
-
-
-def _refuse_wrong_types(config: Mapping[str, Any]) -> None:
-    """Raise ConfigError, naming every value that is not of the kind that its name asks for."""
-    numbers = (field.name for field in fields(ModelConfig) if field.name != "tie_word_embeddings")
-    kinds: dict[str, tuple[type, ...]] = dict.fromkeys(numbers, (int, float))
-    kinds |= {"tie_word_embeddings": (bool,), "rope_parameters": (dict,), "rope_scaling": (dict,)}
-    wrong = [
-        f"{name}={config[name]!r}"
-        for name, kind in kinds.items()
-        if config.get(name) is not None and type(config[name]) not in kind
-    ]
-    if wrong:
-        raise ConfigError(f"config.json holds values of the wrong kind: {', '.join(wrong)}.")
-
-
-def _refuse_other_functions(config: Mapping[str, Any]) -> None:
-    """Raise ConfigError, naming every setting under which this would not be the function of a plain Llama."""
-    problems = []
-    if config.get("model_type", "llama") != "llama":
-        problems.append(f"model_type={config['model_type']!r} (only 'llama' is built)")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        problems.append(f"hidden_act={config['hidden_act']!r} (only 'silu')")
-    problems += [f"{name}=true" for name in ("attention_bias", "mlp_bias") if config.get(name)]
-    if config.get("attention_dropout"):
-        problems.append(f"attention_dropout={config['attention_dropout']} (models here train without dropout)")
-    for name in ("rope_scaling", "rope_parameters"):
-        scaling = config.get(name) or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            problems.append(f"{name} of type {kind!r} (only the default)")
-    if (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append("partial_rotary_factor (every element is turned)")
-    if config.get("quantization_config"):
-        problems.append("quantization_config (dequantize the model first)")
-    if problems:
-        raise ConfigError("config.json asks for what is not supported: " + "; ".join(problems) + ".")
+    return {**family_of(config).spell(config), "torch_dtype": dtype, "dtype": dtype}

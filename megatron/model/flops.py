@@ -25,7 +25,8 @@ def _layer_flops(config: ModelConfig, sequence_length: int, causal: bool) -> flo
     """Forward, per token."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    weights = config.hidden_size * (2 * queries + 2 * keys) + 3 * config.hidden_size * config.intermediate_size
+    feed_forward = (3 if config.is_gated else 2) * config.hidden_size * config.intermediate_size
+    weights = config.hidden_size * (2 * queries + 2 * keys) + feed_forward
     return 2.0 * weights + (2.0 if causal else 4.0) * queries * sequence_length
 
 

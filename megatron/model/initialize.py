@@ -16,7 +16,7 @@ _BLOCK_ROWS = 16
 
 
 def initialize(model: torch.nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill this rank's weights: norms 1, matrices normal(0, initializer_range), padding rows 0.
+    """Fill this rank's weights: norms 1, matrices normal(0, initializer_range), biases and padding rows 0.
 
     The two products that write to the residual stream get a deviation smaller by sqrt(2 · layers), so that its
     variance does not grow with depth (Radford et al., 2019).
@@ -30,18 +30,21 @@ def initialize(model: torch.nn.Module, config: ModelConfig, seed: int) -> None:
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float | None:
-    """Deviation of the weight with this canonical name; None for a norm, which starts at 1."""
-    if name.endswith("norm.weight"):
+    """Deviation of the weight with this canonical name: 0 for a bias; None for a norm, which starts at 1."""
+    layer, kind = name.rsplit(".", 1)
+    if kind == "bias":
+        return 0.0
+    if layer.endswith(config.family.norms):
         return None
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
+    if layer.endswith(config.family.residual_outputs):
         return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
     return config.initializer_range
 
 
 def fill_region(region: Region, out: torch.Tensor, seed: int, deviation: float | None) -> None:
     """Fill `out`, which holds `region`, with the initial values of that region."""
-    if deviation is None:
-        out.fill_(1.0)
+    if not deviation:
+        out.fill_(1.0 if deviation is None else 0.0)
         return
     columns = region.shape[1]
     first, rows = region.start[0], region.size[0]

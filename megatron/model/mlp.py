@@ -1,51 +1,57 @@
-"""Llama's feed-forward block: one fused gate and up product, SwiGLU, the down product."""
+"""The feed-forward block: one input product, the activation, the output product."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from megatron.kernels.gelu import gelu, gelu_tanh
 from megatron.kernels.swiglu import swiglu
 from megatron.model.config import ModelConfig
+from megatron.model.families.family import Rows
+from megatron.model.placement import LinearSpec, column_spec, row_spec
 from megatron.model.recompute import computed_again
 from megatron.parallel.layers import ShardedParameter, column_linear, row_linear
-from megatron.parallel.layout import Piece, Region, ShardSpec
 from megatron.parallel.mesh import ParallelContext
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) · up(x)); the fused weight holds this rank's gate rows, then its up rows."""
+    """output(activation(input(x))), in SwiGLU output(silu(gate(x)) · up(x)); `layer` is as `model.layers.3`.
+
+    SwiGLU's fused input weight holds this rank's gate rows, then its up rows.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         context: ParallelContext,
-        prefix: str,
+        layer: str,
         dtype: torch.dtype,
         device: torch.device,
         recompute_product: bool = False,
     ) -> None:
         super().__init__()
         self.context, self.recompute_product = context, recompute_product
-        gate_up, down = feed_forward_specs(config, context, prefix)
-        self.gate_up = ShardedParameter.create(torch.empty(gate_up.shape, dtype=dtype, device=device), gate_up)
-        self.down = ShardedParameter.create(torch.empty(down.shape, dtype=dtype, device=device), down)
+        self.activate = {"silu": swiglu, "gelu": gelu, "gelu_new": gelu_tanh}[config.hidden_act]
+        inputs, output = feed_forward_specs(config, context, layer)
+        self.input = ShardedParameter.empty(inputs.weight, dtype, device)
+        self.input_bias = None if inputs.bias is None else ShardedParameter.empty(inputs.bias, dtype, device)
+        self.output = ShardedParameter.empty(output.weight, dtype, device)
+        self.output_bias = None if output.bias is None else ShardedParameter.empty(output.bias, dtype, device)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same."""
-        gate_up = column_linear(hidden, self.gate_up, self.context)  # [s, b, 2 f/tp]
-        inner, kept = swiglu(gate_up), gate_up.detach()  # [s, b, f/tp]
-        with computed_again(inner, lambda: swiglu(kept), active=self.recompute_product):
-            return row_linear(inner, self.down, self.context)
+        before = column_linear(hidden, self.input, self.context, self.input_bias)  # [s, b, f/tp], or gated 2 f/tp
+        inner, kept = self.activate(before), before.detach()  # [s, b, f/tp]
+        with computed_again(inner, lambda: self.activate(kept), active=self.recompute_product):
+            return row_linear(inner, self.output, self.context, self.output_bias)
 
 
-def feed_forward_specs(config: ModelConfig, context: ParallelContext, prefix: str) -> tuple[ShardSpec, ShardSpec]:
-    """(fused gate and up, down) of one layer on this rank; `prefix` is as `model.layers.3.mlp`."""
-    tp, hidden, inner = context.tp, config.hidden_size, config.intermediate_size
-    rows = inner // tp.size
-    pieces = tuple(
-        Piece(Region(f"{prefix}.{name}.weight", (inner, hidden), (tp.rank * rows, 0), (rows, hidden)), (at * rows, 0))
-        for at, name in enumerate(("gate_proj", "up_proj"))
-    )
-    down = Region(f"{prefix}.down_proj.weight", (hidden, inner), (0, tp.rank * rows), (hidden, rows))
-    return ShardSpec((2 * rows, hidden), pieces), ShardSpec((hidden, rows), (Piece(down, (0, 0)),))
+def feed_forward_specs(config: ModelConfig, context: ParallelContext, layer: str) -> tuple[LinearSpec, LinearSpec]:
+    """(input, output) of one layer on this rank; `layer` is as `model.layers.3`."""
+    family, inner = config.family, config.intermediate_size
+    share = inner // context.tp.size
+    rows = [Rows(name, inner, context.tp.rank * share, share) for name in family.feed_forward_input]
+    inputs = column_spec(family, layer, rows, config.hidden_size, bias=config.mlp_bias)
+    name = f"{layer}.{family.feed_forward_output}"
+    return inputs, row_spec(family, context, name, config.hidden_size, inner, bias=config.mlp_bias)

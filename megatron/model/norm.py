@@ -1,44 +1,74 @@
-"""The norm layer: the same weight on every tensor rank."""
+"""The norm layers: the same weights on every tensor rank."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
 
+from megatron.kernels.layer_norm import add_layer_norm, layer_norm
 from megatron.kernels.rms_norm import add_rms_norm, rms_norm
 from megatron.model.config import ModelConfig
-from megatron.parallel.layers import ShardedParameter
-from megatron.parallel.layout import Piece, Region, ShardSpec
+from megatron.parallel.layers import ShardedParameter, copied_spec
 from megatron.parallel.mesh import ParallelContext
 
 
-class Norm(nn.Module):
-    """RMSNorm over the hidden dim."""
+class Norm(nn.Module, ABC):
+    """A norm over the hidden dim; `name` is the canonical one, to which `.weight` is added."""
 
     def __init__(
         self, config: ModelConfig, context: ParallelContext, name: str, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.eps = config.rms_norm_eps
-        spec = norm_spec(config, context, name)
-        self.weight = ShardedParameter.create(torch.empty(spec.shape, dtype=dtype, device=device), spec)
+        self.eps = config.norm_eps
+        spec = copied_spec(context, f"{name}.weight", (config.hidden_size,))
+        self.weight = ShardedParameter.empty(spec, dtype, device)
 
     def forward(self, hidden: torch.Tensor, branch: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden + branch, its norm), all [..., h]; without a branch hidden itself is the sum."""
         if branch is None:
             return hidden, self.normalize(hidden)
-        return add_rms_norm(hidden, branch, self.weight, self.eps)
+        return self.add_and_normalize(hidden, branch)
 
+    @abstractmethod
     def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
         """The norm alone, [..., h] → the same."""
+
+    @abstractmethod
+    def add_and_normalize(self, hidden: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden + branch, its norm), all [..., h]."""
+
+
+class RMSNorm(Norm):
+    """Root-mean-square norm (Zhang and Sennrich, 2019)."""
+
+    def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden, self.weight, self.eps)
 
+    def add_and_normalize(self, hidden: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(hidden, branch, self.weight, self.eps)
 
-def norm_spec(config: ModelConfig, context: ParallelContext, name: str) -> ShardSpec:
-    """The norm weight `name`: a copy on each tensor rank. Under sequence parallelism each rank sees a part of the
-    tokens, so its gradient is a part; otherwise all ranks compute the whole gradient."""
-    region = Region.whole(name, (config.hidden_size,))
-    if context.tp.size == 1:
-        return ShardSpec(region.shape, (Piece(region, (0,)),))
-    piece = Piece(region, (0,), copy_axis="tp", copy_rank=context.tp.rank, partial=context.sequence)
-    return ShardSpec(region.shape, (piece,))
+
+class LayerNorm(Norm):
+    """Layer norm (Ba et al., 2016), with a bias."""
+
+    def __init__(
+        self, config: ModelConfig, context: ParallelContext, name: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(config, context, name, dtype, device)
+        self.bias = ShardedParameter.empty(copied_spec(context, f"{name}.bias", (config.hidden_size,)), dtype, device)
+
+    def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
+        return layer_norm(hidden, self.weight, self.bias, self.eps)
+
+    def add_and_normalize(self, hidden: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_layer_norm(hidden, branch, self.weight, self.bias, self.eps)
+
+
+def make_norm(
+    config: ModelConfig, context: ParallelContext, name: str, dtype: torch.dtype, device: torch.device
+) -> Norm:
+    """The norm that the model's layers have."""
+    kind = LayerNorm if config.rms_norm_eps is None else RMSNorm
+    return kind(config, context, name, dtype, device)

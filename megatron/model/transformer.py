@@ -11,17 +11,15 @@ from megatron.config.train import Recompute
 from megatron.kernels.rotary import rotary_tables
 from megatron.model.block import Block
 from megatron.model.config import ModelConfig
-from megatron.model.norm import Norm
-from megatron.model.vocabulary import Embedding, Head
+from megatron.model.norm import make_norm
+from megatron.model.vocabulary import Head, make_embedding
 from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.pipeline.partition import Part, cut, parts_of_stage
 from megatron.utils.errors import ConfigError
 
-FINAL_NORM = "model.norm.weight"
-
 
 class Transformer(nn.Module):
-    """A part of a Llama model: all that this rank holds, or one chunk of it.
+    """A part of a model: all that this rank holds, or one chunk of it.
 
     Without a `part` the layers are dealt out evenly to the pipeline's stages. Raises ConfigError where the model cannot
     be cut over the context's grid.
@@ -44,10 +42,10 @@ class Transformer(nn.Module):
         self.is_first, self.is_last = part.first, part.last
         shared = config.tie_word_embeddings and self.is_first and self.is_last
         if self.is_first:
-            self.embedding = Embedding(config, context, dtype, device, uses=2 if shared else 1)
+            self.embedding = make_embedding(config, context, dtype, device, uses=2 if shared else 1)
         self.blocks = nn.ModuleList(Block(config, context, index, dtype, device, recompute) for index in part.layers)
         if self.is_last:
-            self.final_norm = Norm(config, context, FINAL_NORM, dtype, device)
+            self.final_norm = make_norm(config, context, config.family.final_norm, dtype, device)
             self.head = Head(config, context, dtype, device, weight=self.embedding.weight if shared else None)
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 

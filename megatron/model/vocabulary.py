@@ -7,12 +7,16 @@ from torch import nn
 
 from megatron.model.config import ModelConfig
 from megatron.model.loss import head_loss
-from megatron.parallel.layers import ShardedParameter, column_linear, vocabulary_embedding
+from megatron.parallel.layers import (
+    ShardedParameter,
+    column_linear,
+    copied_spec,
+    position_embedding,
+    vocabulary_embedding,
+)
 from megatron.parallel.layout import Piece, Region, ShardSpec
 from megatron.parallel.mesh import ParallelContext
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+from megatron.utils.errors import ConfigError
 
 
 class Embedding(nn.Module):
@@ -28,12 +32,59 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        spec = vocabulary_spec(config, context, EMBEDDING)
-        self.weight = ShardedParameter.create(torch.empty(spec.shape, dtype=dtype, device=device), spec, uses)
+        spec = vocabulary_spec(config, context, config.family.embedding)
+        self.weight = ShardedParameter.empty(spec, dtype, device, uses)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [s, b] → [s, b, h], or [s/tp, b, h] under sequence parallelism."""
         return vocabulary_embedding(tokens, self.weight, self.context)
+
+
+class EmbeddingWithPositions(Embedding):
+    """Tokens' rows plus those of a learned table of positions, a copy of which every tensor rank holds.
+
+    Under sequence parallelism positions are added behind the scatter, by each rank those of its share: so a rank's
+    gradient of the table is a part, as that of a norm's weight is.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        context: ParallelContext,
+        dtype: torch.dtype,
+        device: torch.device,
+        uses: int = 1,
+    ) -> None:
+        super().__init__(config, context, dtype, device, uses)
+        shape = (config.max_position_embeddings, config.hidden_size)
+        self.positions = ShardedParameter.empty(
+            copied_spec(context, f"{config.family.positions}.weight", shape), dtype, device
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [s, b] → [s, b, h], or [s/tp, b, h] under sequence parallelism. Raises ConfigError where the table
+        has no row for a position."""
+        longest = self.positions.shape[0]
+        if tokens.shape[0] > longest:
+            raise ConfigError(
+                f"a sequence of {tokens.shape[0]} tokens is above the model's max_position_embeddings={longest}: its "
+                f"positions are learned, and there are no more of them; use {longest} or fewer"
+            )
+        hidden = super().forward(tokens)
+        return position_embedding(hidden, self._rows(len(hidden), hidden.device), self.positions)
+
+    def _rows(self, count: int, device: torch.device) -> torch.Tensor:
+        """The positions of this rank's tokens, i64[count, 1]."""
+        first = self.context.tp.rank * count if self.context.sequence else 0
+        return torch.arange(first, first + count, device=device).unsqueeze(1)
+
+
+def make_embedding(
+    config: ModelConfig, context: ParallelContext, dtype: torch.dtype, device: torch.device, uses: int = 1
+) -> Embedding:
+    """The embedding of the model's family."""
+    kind = Embedding if config.family.positions is None else EmbeddingWithPositions
+    return kind(config, context, dtype, device, uses)
 
 
 class Head(nn.Module):
@@ -50,9 +101,8 @@ class Head(nn.Module):
         super().__init__()
         self.context, self.vocab_size = context, config.vocab_size
         if weight is None:
-            name = EMBEDDING if config.tie_word_embeddings else HEAD
-            spec = vocabulary_spec(config, context, name)
-            weight = ShardedParameter.create(torch.empty(spec.shape, dtype=dtype, device=device), spec)
+            name = config.family.embedding if config.tie_word_embeddings else config.family.head
+            weight = ShardedParameter.empty(vocabulary_spec(config, context, name), dtype, device)
         self.weight = weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -65,7 +115,7 @@ class Head(nn.Module):
 
 
 def vocabulary_spec(config: ModelConfig, context: ParallelContext, name: str) -> ShardSpec:
-    """This rank's rows of the embedding or head `name`, padding rows last.
+    """This rank's rows of the embedding or head `name` (as `lm_head`), padding rows last.
 
     A tied embedding on two stages is a copy over `embed`; its gradients there come from different uses, so are parts.
     """
@@ -75,7 +125,7 @@ def vocabulary_spec(config: ModelConfig, context: ParallelContext, name: str) ->
     shape = (share, config.hidden_size)
     if rows == 0:
         return ShardSpec(shape, ())
-    region = Region(name, (config.vocab_size, config.hidden_size), (first, 0), (rows, config.hidden_size))
+    region = Region(f"{name}.weight", (config.vocab_size, config.hidden_size), (first, 0), (rows, config.hidden_size))
     if config.tie_word_embeddings and context.embed.size > 1:
         piece = Piece(region, (0, 0), copy_axis="embed", copy_rank=context.embed.rank, partial=True)
     else:

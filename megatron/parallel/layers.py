@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
+from megatron.kernels.numerics import statistics_dtype
 from megatron.kernels.products import linear, operand
 from megatron.parallel.collectives import (
     Done,
@@ -25,9 +26,14 @@ from megatron.parallel.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
-from megatron.parallel.layout import ShardSpec
+from megatron.parallel.layout import Piece, Region, ShardSpec
 from megatron.parallel.mesh import Axis, ParallelContext
-from megatron.parallel.weight_gradient import embedding_weight_gradient, linear_weight_gradient, sink_of
+from megatron.parallel.weight_gradient import (
+    bias_gradient,
+    embedding_weight_gradient,
+    linear_weight_gradient,
+    sink_of,
+)
 
 
 class ShardedParameter(nn.Parameter):
@@ -44,19 +50,27 @@ class ShardedParameter(nn.Parameter):
         parameter.spec, parameter.uses = spec, uses
         return parameter
 
+    @staticmethod
+    def empty(spec: ShardSpec, dtype: torch.dtype, device: torch.device, uses: int = 1) -> ShardedParameter:
+        """A parameter whose values are not set yet."""
+        return ShardedParameter.create(torch.empty(spec.shape, dtype=dtype, device=device), spec, uses)
+
 
 class _ColumnLinear(Function):
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence: bool) -> torch.Tensor:
-        ctx.save_for_backward(inputs, weight)
+    def forward(
+        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tp: Axis, sequence: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight, bias)
         ctx.sink, ctx.tp, ctx.sequence = sink_of(weight), tp, sequence
-        return linear(all_gather(inputs, tp) if sequence else inputs, weight)
+        return linear(all_gather(inputs, tp) if sequence else inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
+        inputs, weight, bias = ctx.saved_tensors
         # Only the share was kept: gather the inputs anew behind the product that gives their gradient, then
         # reduce that gradient behind the product that gives the weight's.
+        grad_bias = bias_gradient(bias, grad_output)
         gathered, gathering = start_all_gather(inputs, ctx.tp) if ctx.sequence else (inputs, Done())
         grad_inputs, grad_output = _input_gradient(grad_output, weight)
         if ctx.sequence:
@@ -66,23 +80,30 @@ class _ColumnLinear(Function):
         gathering.wait()
         grad_weight = linear_weight_gradient(ctx.sink, grad_output, gathered)
         reducing.wait()
-        return grad_inputs, grad_weight, None, None
+        return grad_inputs, grad_weight, grad_bias, None, None
 
 
 class _RowLinear(Function):
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence: bool) -> torch.Tensor:
-        ctx.save_for_backward(inputs, weight)
+    def forward(
+        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tp: Axis, sequence: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight, bias)
         ctx.sink, ctx.tp, ctx.sequence = sink_of(weight), tp, sequence
-        return reduce_activations(linear(inputs, weight), tp, sequence)
+        if tp.size == 1:
+            return linear(inputs, weight, bias)
+        output = reduce_activations(linear(inputs, weight), tp, sequence)
+        return output if bias is None else _add_once(output, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
+        inputs, weight, bias = ctx.saved_tensors
+        # Of this rank's tokens alone under sequence parallelism: a part, which is summed with those of its copies.
+        grad_bias = bias_gradient(bias, grad_output)
         if ctx.sequence:
             grad_output = all_gather(grad_output, ctx.tp)
         grad_inputs, grad_output = _input_gradient(grad_output, weight)
-        return grad_inputs, linear_weight_gradient(ctx.sink, grad_output, inputs), None, None
+        return grad_inputs, linear_weight_gradient(ctx.sink, grad_output, inputs), grad_bias, None, None
 
 
 class _VocabularyEmbedding(Function):
@@ -109,22 +130,68 @@ class _VocabularyEmbedding(Function):
         return None, embedding_weight_gradient(ctx.sink, weight, rows, grad_output), None, None
 
 
+class _PositionEmbedding(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.sink = sink_of(weight)
+        return hidden + F.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        gradient = grad_output
+        if rows.shape != grad_output.shape[:-1]:  # the same positions for all samples
+            gradient = grad_output.sum(dim=1, keepdim=True, dtype=statistics_dtype(grad_output.dtype))
+        return grad_output, None, embedding_weight_gradient(ctx.sink, weight, rows, gradient)
+
+
+def _add_once(output: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Add a row layer's bias, which all ranks hold, in place: after the sum over the ranks, not on each before it."""
+    return output.add_(bias)
+
+
 def _input_gradient(grad_output: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(grad_output · weight in grad_output's dtype, grad_output as the next product takes it)."""
     factor = operand(grad_output)
     return (factor @ operand(weight)).to(grad_output.dtype), factor
 
 
-def column_linear(inputs: torch.Tensor, weight: torch.Tensor, context: ParallelContext) -> torch.Tensor:
-    """inputs [s, b, in] ([s/tp, b, in] under sequence parallelism) · weightᵀ [out/tp, in] → [s, b, out/tp]."""
-    return _ColumnLinear.apply(inputs, weight, context.tp, context.sequence)
+def column_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, context: ParallelContext, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """inputs [s, b, in] ([s/tp, b, in] under sequence parallelism) · weightᵀ [out/tp, in] + bias [out/tp]
+    → [s, b, out/tp]."""
+    return _ColumnLinear.apply(inputs, weight, bias, context.tp, context.sequence)
 
 
-def row_linear(inputs: torch.Tensor, weight: torch.Tensor, context: ParallelContext) -> torch.Tensor:
-    """inputs [s, b, in/tp] · weightᵀ [out, in/tp], summed over tp → [s, b, out], or [s/tp, b, out]."""
-    return _RowLinear.apply(inputs, weight, context.tp, context.sequence)
+def row_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, context: ParallelContext, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """inputs [s, b, in/tp] · weightᵀ [out, in/tp], summed over tp, + bias [out] → [s, b, out], or [s/tp, b, out]."""
+    return _RowLinear.apply(inputs, weight, bias, context.tp, context.sequence)
 
 
 def vocabulary_embedding(tokens: torch.Tensor, weight: torch.Tensor, context: ParallelContext) -> torch.Tensor:
     """tokens [s, b], weight [vocabulary/tp, h] → [s, b, h], or [s/tp, b, h] under sequence parallelism."""
     return _VocabularyEmbedding.apply(tokens, weight, context.tp, context.sequence)
+
+
+def position_embedding(hidden: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """hidden [s, b, h] + the rows i64[s, b], or [s, 1] for all samples alike, of the learned positions [n, h].
+
+    Under sequence parallelism hidden is [s/tp, b, h], and so are the rows those of this rank's share: the gradient of
+    the positions is then a part.
+    """
+    return _PositionEmbedding.apply(hidden, rows, weight)
+
+
+def copied_spec(context: ParallelContext, name: str, shape: tuple[int, ...]) -> ShardSpec:
+    """A weight of which each tensor rank holds a copy. Under sequence parallelism a rank applies it to a part of the
+    tokens, so its gradient is a part; otherwise all ranks compute the whole gradient."""
+    region = Region.whole(name, shape)
+    offset = (0,) * len(shape)
+    if context.tp.size == 1:
+        return ShardSpec(shape, (Piece(region, offset),))
+    piece = Piece(region, offset, copy_axis="tp", copy_rank=context.tp.rank, partial=context.sequence)
+    return ShardSpec(shape, (piece,))

@@ -79,7 +79,8 @@ class Piece:
     `copy_axis` names the axis of the `ParallelContext` over which this piece is a copy (None: no other rank of the
     model holds it; copies over the data axes are not meant here). `copy_rank` is this rank's index among the copies:
     copy 0 is the one that is saved and counted in the gradient norm. `partial` says that each copy's gradient
-    is only a part, so that gradients must be summed over `copy_axis`.
+    is only a part, so that gradients must be summed over `copy_axis`. `transposed` says that the local tensor holds
+    the region's transpose: some families store their matrices [in, out].
     """
 
     region: Region
@@ -87,11 +88,21 @@ class Piece:
     copy_axis: str | None = None
     copy_rank: int = 0
     partial: bool = False
+    transposed: bool = False
 
     @property
     def local(self) -> tuple[slice, ...]:
         """Index of this piece within the local tensor."""
-        return tuple(slice(low, low + size) for low, size in zip(self.offset, self.region.size, strict=True))
+        return tuple(slice(low, low + size) for low, size in zip(self.offset, self.size, strict=True))
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Extent of this piece within the local tensor."""
+        return self.turn(self.region.size)
+
+    def turn(self, extents: tuple[int, ...]) -> tuple[int, ...]:
+        """Numbers of the region's dims in the order of the local tensor's, or the other way round."""
+        return extents[::-1] if self.transposed else extents
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,8 @@ class ShardSpec:
         assert tuple(tensor.shape) == self.shape, (tensor.shape, self.shape)
         for piece in self.pieces:
             if copies or piece.copy_rank == 0:
-                yield piece.region, tensor[piece.local]
+                view = tensor[piece.local]
+                yield piece.region, view.t() if piece.transposed else view
 
     def flat_regions(
         self, flat: torch.Tensor, start: int, copies: bool = True
@@ -122,10 +134,10 @@ class ShardSpec:
         """
         for piece, region, view in self.flat_pieces(flat, start):
             if copies or piece.copy_rank == 0:
-                yield region, view
+                yield region, view.t() if piece.transposed else view
 
     def flat_pieces(self, flat: torch.Tensor, start: int) -> Iterator[tuple[Piece, Region, torch.Tensor]]:
-        """As `flat_regions`, with the piece that each view belongs to."""
+        """As `flat_regions`, with the piece that each view belongs to; views lie as in the local tensor."""
         columns = self.shape[1] if len(self.shape) == 2 else 1
         for row, column, rows, width in _rectangles(start, start + flat.numel(), columns):
             begin = row * columns + column - start
@@ -134,9 +146,12 @@ class ShardSpec:
                 found = _cut(piece, row, column, rows, width)
                 if found is not None:
                     region, local_row, local_column = found
-                    high, wide = region.size if len(self.shape) == 2 else (region.size[0], 1)
+                    if len(self.shape) == 1:
+                        yield piece, region, block[local_row : local_row + region.size[0], 0]
+                        continue
+                    high, wide = piece.turn(region.size)
                     view = block[local_row : local_row + high, local_column : local_column + wide]
-                    yield piece, region, view if len(self.shape) == 2 else view[:, 0]
+                    yield piece, region, view
 
 
 def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
@@ -156,12 +171,12 @@ def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[int, int,
 def _cut(piece: Piece, row: int, column: int, rows: int, width: int) -> tuple[Region, int, int] | None:
     """The part of `piece` inside a local rectangle, with its row and column within the rectangle."""
     offset = piece.offset if len(piece.offset) == 2 else (piece.offset[0], 0)
-    size = piece.region.size if len(piece.offset) == 2 else (piece.region.size[0], 1)
+    size = piece.size if len(piece.offset) == 2 else (piece.size[0], 1)
     top, left = max(row, offset[0]), max(column, offset[1])
     bottom, right = min(row + rows, offset[0] + size[0]), min(column + width, offset[1] + size[1])
     if top >= bottom or left >= right:
         return None
     shift, extent = (top - offset[0], left - offset[1]), (bottom - top, right - left)
     dims = len(piece.offset)
-    start = tuple(a + b for a, b in zip(piece.region.start, shift[:dims], strict=True))
-    return replace(piece.region, start=start, size=extent[:dims]), top - row, left - column
+    start = tuple(a + b for a, b in zip(piece.region.start, piece.turn(shift[:dims]), strict=True))
+    return replace(piece.region, start=start, size=piece.turn(extent[:dims])), top - row, left - column

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron.kernels.numerics import statistics_dtype
 from megatron.kernels.products import Accumulate, operand
 
 _SINK = "gradient_sink"
@@ -131,12 +132,19 @@ def linear_weight_gradient(
     return None
 
 
+def bias_gradient(bias: torch.Tensor | None, grad_output: torch.Tensor) -> torch.Tensor | None:
+    """Gradient of a bias [out], where there is one, from grad_output [..., out]; vectors reach sinks by autograd."""
+    if bias is None:
+        return None
+    return grad_output.flatten(0, -2).sum(dim=0, dtype=statistics_dtype(grad_output.dtype)).to(bias.dtype)
+
+
 def embedding_weight_gradient(
     sink: GradientSink | None, weight: torch.Tensor, rows: torch.Tensor, grad_output: torch.Tensor
 ) -> torch.Tensor | None:
     """Gradient of an embedding [v, h] from grad_output [..., h] at rows [...]: to its sink, else returned."""
     rows, grad_output = rows.flatten(), grad_output.flatten(0, -2)
     if sink is None:
-        return torch.zeros_like(weight).index_add_(0, rows, grad_output)
+        return torch.zeros_like(weight).index_add_(0, rows, grad_output.to(weight.dtype))
     sink.add_rows(rows, grad_output)
     return None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from megatron.config.kernels import KernelsConfig
 from megatron.kernels import native
+from megatron.kernels.eager_attention import eager_causal_attention
 from megatron.kernels.vendor.library import Place
 from megatron.kernels.vendor.select import VendorKernels, load_vendor_kernels
 from megatron.model.attention import Attention
@@ -34,6 +37,9 @@ def choose_kernels(config: KernelsConfig, model: ModelConfig, tensor: int, world
             head_dim=model.head_dim,
         )
     )
+    if config.attention == "eager":
+        words += "; eager attention, which keeps the probabilities of all pairs"
+        vendor = replace(vendor, attend=eager_causal_attention)
     if world.launch.rank == 0:
         slower = config.backend == "auto" and not native.in_use(device.type)
         (_logger.warning if slower else _logger.info)("%s", "; ".join((words, *vendor.words)))

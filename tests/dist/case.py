@@ -43,6 +43,7 @@ class Case:
     key_value_heads: int = 2
     vocabulary: int = 67  # divisible by nothing
     tied: bool = False
+    family: str = "llama"
     micro_batches: int = 4
     micro_batch: int = 1
     ragged: bool = True
@@ -59,6 +60,20 @@ class Case:
 
     @property
     def model(self) -> ModelConfig:
+        if self.family != "llama":
+            return ModelConfig.from_settings(
+                {
+                    "model_type": self.family,
+                    "vocab_size": self.vocabulary,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": self.layers,
+                    "num_attention_heads": self.heads,
+                    "max_position_embeddings": SEQUENCE_LENGTH + 3,  # learned positions that no sample has
+                    "tie_word_embeddings": self.tied,
+                    "initializer_range": 0.2,
+                }
+            )
         return ModelConfig(
             vocab_size=self.vocabulary,
             hidden_size=32,
@@ -141,7 +156,7 @@ def run_case(
             case.grid,
             rank,
             sequence=case.sequence,
-            num_key_value_heads=case.key_value_heads,
+            num_key_value_heads=case.model.num_key_value_heads,
             wraps=case.chunks > 1,
             make=communicators.make,
         )

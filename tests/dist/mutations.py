@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from megatron.model import loss, stage
+from megatron.model import loss, stage, vocabulary
 from megatron.optim import clip
 from megatron.parallel import gradients, layers
 from megatron.parallel.buckets import Bucket
@@ -106,6 +106,10 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     ),
     "sequence-not-gathered": lambda: patch.object(
         layers, "all_gather", lambda tensor, axis: tensor.repeat(axis.size, 1, 1)
+    ),
+    "row-bias-added-on-every-rank": lambda: patch.object(layers, "_add_once", lambda output, bias: output + 2 * bias),
+    "positions-of-the-first-share": lambda: patch.object(
+        vocabulary.EmbeddingWithPositions, "_rows", lambda _, count, device: torch.arange(count)[:, None]
     ),
     "loss-statistics-not-reduced": lambda: patch.object(loss, "all_reduce", lambda tensor, *_, **__: tensor),
     "data-gradients-not-reduced": lambda: patch.object(gradients.GradientReducer, "_reduce", lambda *_: Done()),

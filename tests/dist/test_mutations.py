@@ -20,6 +20,8 @@ PIPELINE = Case("pp2", pipeline=2)
 CHUNKS = Case("pp2-four-chunks", pipeline=2, chunks=4, layers=8)
 ZERO_BUBBLE = Case("pp2-zero-bubble", pipeline=2, schedule="zero_bubble")
 TIED = Case("tied-pp2", pipeline=2, tied=True)
+GPT = Case("gpt2-tp2", tensor=2, family="gpt2")
+GPT_SEQUENCE = Case("gpt2-tp2-sequence", tensor=2, sequence=True, family="gpt2")
 KEY_VALUE_COPIES = Case("tp2-one-key-value-head", tensor=2, key_value_heads=1)
 
 # (mutation, case, strict communicator)
@@ -34,6 +36,10 @@ TWINS = [
     ("copies-not-summed", SEQUENCE, False),
     ("copies-not-summed", KEY_VALUE_COPIES, False),
     ("copies-not-summed", TIED, False),
+    ("copies-not-summed", GPT_SEQUENCE, False),
+    ("row-bias-added-on-every-rank", GPT, False),
+    ("row-bias-added-on-every-rank", GPT_SEQUENCE, False),
+    ("positions-of-the-first-share", GPT_SEQUENCE, False),
     ("updated-weights-not-gathered", ZERO, False),
     ("norm-not-reduced", PIPELINE, False),
     ("norm-not-reduced", ZERO, False),

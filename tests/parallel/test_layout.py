@@ -25,9 +25,11 @@ def specs(draw: st.DrawFn) -> ShardSpec:
         return ShardSpec((length + 2,), (Piece(Region("v", (length + start,), (start,), (length,)), (0,)),))
     columns, rows, padding = draw(st.integers(1, 7)), draw(st.integers(1, 5)), draw(st.integers(0, 3))
     left, top = draw(st.integers(0, 3)), draw(st.integers(0, 3))
-    shape = (rows + top, columns + left)
+    transposed = draw(st.booleans())
+    turn = slice(None, None, -1) if transposed else slice(None)
+    shape, start, size = (rows + top, columns + left)[turn], (top, left)[turn], (rows, columns)[turn]
     pieces = tuple(
-        Piece(Region(name, shape, (top, left), (rows, columns)), (at * rows, 0), "tp" if at else None, at)
+        Piece(Region(name, shape, start, size), (at * rows, 0), "tp" if at else None, at, transposed=transposed)
         for at, name in enumerate("ab")
     )
     return ShardSpec((2 * rows + padding, columns), pieces)
@@ -39,7 +41,8 @@ def test_regions_are_views_at_their_place(spec: ShardSpec) -> None:
     for region, view in spec.regions(local):
         view.copy_(_values(region))
     for piece in spec.pieces:
-        assert torch.equal(local[piece.local], _values(piece.region))
+        values = _values(piece.region)
+        assert torch.equal(local[piece.local], values.t() if piece.transposed else values)
     assert (local == 0).sum() == local.numel() - sum(piece.region.numel for piece in spec.pieces)
 
 

@@ -31,6 +31,11 @@ class DataConfig:
         "Order of the samples: `megatron` is exactly that of Megatron's GPT dataset; `stable` is a keyed permutation "
         "that stays the same when the run is extended.",
     )
+    document_mask: bool = key(
+        False,
+        "Keep attention within the documents that a sample is packed of, and count positions from the beginning of "
+        "each, in training and validation. Documents are those of the .idx file.",
+    )
     seed: int = key(1234, "Seed of the order of the samples.", minimum=0, maximum=2**32 - 1)
     samples: int | None = key(
         None,

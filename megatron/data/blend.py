@@ -97,6 +97,11 @@ class MegatronBlend:
         member, within = self.locate(index)
         return self._members[member].sample(within)
 
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        """Where in the sample at position `index` documents begin."""
+        member, within = self.locate(index)
+        return self._members[member].boundaries(within)
+
     def source(self, index: int) -> str:
         member, within = self.locate(index)
         return self._members[member].source(within)
@@ -129,6 +134,11 @@ class StableBlend:
         """The sample at position `index`."""
         member, within = self.locate(index)
         return self._members[member].sample(within)
+
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        """Where in the sample at position `index` documents begin."""
+        member, within = self.locate(index)
+        return self._members[member].boundaries(within)
 
     def source(self, index: int) -> str:
         member, within = self.locate(index)

@@ -26,6 +26,10 @@ class Dataset(Protocol):
         """Sample `index`: i64[sequence_length + 1] tokens, `PADDING` past the end of a short one."""
         ...
 
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        """Where in sample `index` documents begin behind its first token, ascending, each once."""
+        ...
+
     def source(self, index: int) -> str:
         """Where a sample comes from, in words for an error message."""
         ...

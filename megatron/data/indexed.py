@@ -137,6 +137,14 @@ class IndexedReader:
             self._tokens = self._map_tokens()
         return self._tokens[start:stop]
 
+    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where, strictly between `start` and `stop`, documents begin among the tokens of `read_stream`; each once."""
+        low = np.searchsorted(self.pointers, start * self.dtype.itemsize, side="right")
+        high = np.searchsorted(self.pointers, stop * self.dtype.itemsize, side="left")
+        first, last = np.searchsorted(self.document_index, [low, high])
+        begins = self.pointers[self.document_index[first:last]] // self.dtype.itemsize
+        return np.unique(begins)  # an empty document begins where the next one does
+
     def _map_tokens(self) -> NDArray[np.integer]:
         if self.num_tokens == 0:  # an empty file cannot be mapped
             return np.empty(0, self.dtype)

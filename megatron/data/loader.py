@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron.data.dataset import PADDING, Dataset
 from megatron.data.windows import empty_sample
+from megatron.kernels.runs import Documents
 from megatron.model.loss import IGNORED
 from megatron.utils.errors import ConfigError, DataError
 
@@ -27,10 +28,12 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a forward pass reads: `tokens` i64[b, s], all valid ids; `labels` i64[b, s], some `IGNORED`."""
+    """What a forward pass reads: `tokens` i64[b, s], all valid ids; `labels` i64[b, s], some `IGNORED`; the `documents`
+    that the samples are packed of, where attention is to stay within them."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    documents: Documents | None = None
 
 
 class BatchLoader:
@@ -39,7 +42,8 @@ class BatchLoader:
     In Megatron's order: micro-step t of a global batch that starts at sample c takes the samples from
     c + t·micro_batch·size on, rank r the r-th run of `micro_batch` of them. A thread reads ahead; its errors are raised
     by `next_batch`. With `pad_last`, a last global batch that the dataset cannot fill is filled with samples that
-    carry no loss. Raises ConfigError if the global batch does not divide.
+    carry no loss. With `document_mask`, micro-batches know their documents. Raises ConfigError if the global batch does
+    not divide.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class BatchLoader:
         vocab_size: int,
         position: int = 0,
         pad_last: bool = False,
+        document_mask: bool = False,
     ) -> None:
         assert 0 <= rank < size and position >= 0, (rank, size, position)
         if global_batch % (micro_batch * size) != 0:
@@ -68,6 +73,7 @@ class BatchLoader:
         self._size = size
         self._vocab_size = vocab_size
         self._pad_last = pad_last
+        self._document_mask = document_mask
         self._position = position
         self._failure: BaseException | None = None
         self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=_AHEAD)
@@ -152,7 +158,19 @@ class BatchLoader:
             raise self._out_of_range(rows, start)
         tokens = np.where(padding, 0, rows)[:, :-1]
         labels = np.where(padding, IGNORED, rows)[:, 1:]
-        return MicroBatch(_as_tensor(tokens), _as_tensor(labels))
+        documents = self._documents(indices, available, sequence_length) if self._document_mask else None
+        return MicroBatch(_as_tensor(tokens), _as_tensor(labels), documents)
+
+    def _documents(self, indices: range, available: int, sequence_length: int) -> Documents:
+        """The documents of these samples, of which those past the end of the data have none."""
+        starts, most = np.zeros((len(indices), sequence_length), dtype=np.int32), 1
+        for row, index in enumerate(indices):
+            if index < available:
+                begins = self._dataset.boundaries(index)
+                begins = begins[begins < sequence_length]  # the last token is a label alone
+                starts[row, begins] = begins
+                most = max(most, 1 + len(begins))
+        return Documents(torch.from_numpy(np.maximum.accumulate(starts, axis=1)), most)
 
     def _out_of_range(self, rows: NDArray[np.int64], start: int) -> DataError:
         row, column = np.argwhere((rows >= self._vocab_size) | (rows < PADDING))[0].tolist()

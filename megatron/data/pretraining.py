@@ -29,16 +29,26 @@ class MegatronOrderDataset:
 
     def sample(self, index: int) -> NDArray[np.int64]:
         """Sample `index` of the order."""
-        run = int(self.order.shuffle_index[index])
-        (first, start), (last, end) = self.order.sample_index[run : run + 2].tolist()
-        documents = self.order.document_index[first : last + 1].tolist()
-        if first == last:
+        documents, start, end = self._run(index)
+        if len(documents) == 1:
             tokens = self._reader.read(documents[0], start, end + 1 - start)
         else:
             inner = [self._reader.read(document) for document in documents[1:-1]]
             head, tail = self._reader.read(documents[0], start), self._reader.read(documents[-1], 0, end + 1)
             tokens = np.concatenate([head, *inner, tail])
         return to_sample(tokens, self._sequence_length, lambda: self.source(index))
+
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        """Where in sample `index` the next entry of the order begins: what is shuffled as one is a document."""
+        documents, start, _ = self._run(index)
+        ends = np.cumsum(self._reader.sizes[documents[:-1]], dtype=np.int64) - start
+        return np.unique(ends[ends > 0])  # an empty one ends where the one before it does
+
+    def _run(self, index: int) -> tuple[list[int], int, int]:
+        """(the documents of sample `index`, its first token in the first of them, its last token in the last)."""
+        run = int(self.order.shuffle_index[index])
+        (first, start), (last, end) = self.order.sample_index[run : run + 2].tolist()
+        return self.order.document_index[first : last + 1].tolist(), start, end
 
     def source(self, index: int) -> str:
         run = int(self.order.shuffle_index[index])
@@ -80,6 +90,11 @@ class StableOrderDataset:
         start = self.window(index) * self._sequence_length
         tokens = self._reader.read_stream(start, start + self._sequence_length + 1)
         return to_sample(tokens, self._sequence_length, lambda: self.source(index))
+
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        """Where in sample `index` documents of the file begin."""
+        start = self.window(index) * self._sequence_length
+        return self._reader.document_starts(start, start + self._sequence_length + 1) - start
 
     def source(self, index: int) -> str:
         return f"{self._reader.bin_path} (token {self.window(index) * self._sequence_length:,} onwards)"

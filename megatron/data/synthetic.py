@@ -30,5 +30,9 @@ class SyntheticDataset:
         words: NDArray[np.uint64] = generator.random_raw(self._sequence_length + 1)
         return (words % np.uint64(self._vocab_size)).astype(np.int64)
 
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        """None: a sample is one document."""
+        return np.empty(0, dtype=np.int64)
+
     def source(self, index: int) -> str:
         return f"synthetic data (seed {self._key[0]})"

@@ -36,6 +36,11 @@ class StreamWindows:
         tokens = self._reader.read_stream(start, min(start + self._sequence_length + 1, self.num_tokens))
         return to_sample(tokens, self._sequence_length, lambda: self.source(index))
 
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        """Where in window `index` documents begin."""
+        start = index * self._sequence_length
+        return self._reader.document_starts(start, start + self._sequence_length + 1) - start
+
     def source(self, index: int) -> str:
         return f"{self._reader.bin_path} (token {index * self._sequence_length:,} onwards)"
 
@@ -53,6 +58,11 @@ class FixedSet:
         """Sample `index` of the set."""
         dataset, within = self._find(index)
         return dataset.sample(within)
+
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        """Where in sample `index` documents begin."""
+        dataset, within = self._find(index)
+        return dataset.boundaries(within)
 
     def source(self, index: int) -> str:
         dataset, within = self._find(index)

@@ -9,6 +9,7 @@ import torch
 
 from megatron.data.dataset import Dataset
 from megatron.data.loader import BatchLoader, MicroBatch
+from megatron.kernels.runs import Documents
 from megatron.model.stage import run_micro_batches
 from megatron.model.transformer import ChunkedTransformer, Transformer
 from megatron.parallel.agreement import Exchange, agree
@@ -36,11 +37,13 @@ def evaluate(
     *,
     micro_batch: int,
     micro_batches: int = 1,
+    document_mask: bool = False,
 ) -> Evaluation:
     """The mean loss over all samples of `dataset`; every rank gets the result.
 
     Samples are dealt to the data ranks in turns of `micro_batches` × `micro_batch`; what the last turn lacks is filled
-    with samples that carry no loss. `exchange` gathers texts from all ranks: what one cannot read is an error on all.
+    with samples that carry no loss. With `document_mask` attention stays within documents. `exchange` gathers texts
+    from all ranks: what one cannot read is an error on all.
     """
     context = model.context
     device = next(model.parameters()).device
@@ -55,6 +58,7 @@ def evaluate(
         size=context.data.size,
         vocab_size=model.config.vocab_size,
         pad_last=True,
+        document_mask=document_mask,
     )
     with loader, torch.no_grad():
         rounds = math.ceil(len(dataset) / global_batch)
@@ -71,6 +75,11 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The micro-batch on `device`; the copy does not hold up the host."""
     if device.type == "cpu":
         return batch
-    return MicroBatch(
-        batch.tokens.pin_memory().to(device, non_blocking=True), batch.labels.pin_memory().to(device, non_blocking=True)
-    )
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    documents = batch.documents
+    if documents is not None:
+        documents = Documents(copy(documents.starts), documents.most)
+    return MicroBatch(copy(batch.tokens), copy(batch.labels), documents)

@@ -39,7 +39,8 @@ def rotary_split(
 ) -> Heads:
     """qkv [s, b, (heads + 2 kv) · d] → query [b, heads, s, d], key and value [b, kv, s, d].
 
-    Query and key are turned by the angles of their position, cos and sin [s, d], in the tables' dtype.
+    Query and key are turned by the angles of their position, cos and sin [s, d], or [b, s, d] where samples differ, in
+    the tables' dtype.
     """
     return _ROTARY_SPLIT(qkv, cos, sin, num_heads, num_key_value_heads)
 
@@ -65,25 +66,45 @@ def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
     """Turn each pair (i, i + d/2) of heads [b, n, s, d] by its angle."""
     first, second = heads.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return (heads * cos + turned * sin).to(heads.dtype)
 
 
 def _native(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, num_key_value_heads: int
 ) -> Heads | None:
-    qkv, (query, key, value) = qkv.contiguous(), _fake(qkv, cos, sin, num_heads, num_key_value_heads)
-    size = (*qkv.shape[:2], num_heads, num_key_value_heads, query.shape[-1])
-    return (query, key, value) if _SPLIT(qkv, qkv, cos, sin, query, key, value, *size) else None
+    query, key, value = _fake(qkv, cos, sin, num_heads, num_key_value_heads)
+    size = (num_heads, num_key_value_heads, query.shape[-1])
+
+    def split(part: torch.Tensor, *rest: torch.Tensor) -> bool:
+        part = part.contiguous()
+        return _SPLIT(part, part, *rest, *part.shape[:2], *size)
+
+    if cos.dim() == 2:
+        done = split(qkv, cos, sin, query, key, value)
+    else:  # a kernel has one table for all samples: they go one by one
+        done = all(
+            split(part, *rest) for part, *rest in zip(qkv.split(1, dim=1), cos, sin, query, key, value, strict=True)
+        )
+    return (query, key, value) if done else None
 
 
 def _native_join(
     grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor | None:
-    grad_qkv = _fake_join(grad_query, grad_key, grad_value, cos, sin)
     batch, heads, sequence_length, head_dim = grad_query.shape
+    size = (heads, grad_key.shape[1], head_dim)
     gradients = (grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous())
-    size = (sequence_length, batch, heads, grad_key.shape[1], head_dim)
-    return grad_qkv if _JOIN(grad_qkv, *gradients, cos, sin, grad_qkv, *size) else None
+    grad_qkv = _fake_join(grad_query, grad_key, grad_value, cos, sin)
+    if cos.dim() == 2:
+        return grad_qkv if _JOIN(grad_qkv, *gradients, cos, sin, grad_qkv, sequence_length, batch, *size) else None
+    for sample, part in enumerate(zip(*gradients, cos, sin, strict=True)):
+        joined = grad_qkv.new_empty((sequence_length, 1, grad_qkv.shape[-1]))
+        if not _JOIN(joined, *part, joined, sequence_length, 1, *size):
+            return None
+        grad_qkv[:, sample : sample + 1] = joined
+    return grad_qkv
 
 
 def _fake(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, num_key_value_heads: int) -> Heads:

@@ -11,7 +11,9 @@ from megatron.kernels.attention import Attend, causal_attention
 from megatron.kernels.rotary import rotary_split
 from megatron.model.config import ModelConfig
 from megatron.model.placement import LinearSpec, column_spec, row_spec
+from megatron.model.places import Places
 from megatron.model.recompute import computed_again
+from megatron.parallel.context import context_attention
 from megatron.parallel.layers import ShardedParameter, column_linear, row_linear
 from megatron.parallel.mesh import ParallelContext
 
@@ -43,11 +45,14 @@ class Attention(nn.Module):
         self.output = ShardedParameter.empty(output.weight, dtype, device)
         self.output_bias = None if output.bias is None else ShardedParameter.empty(output.bias, dtype, device)
 
-    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same; cos and sin [s, d]."""
+    def forward(self, hidden: torch.Tensor, places: Places) -> torch.Tensor:
+        """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same."""
         fused = column_linear(hidden, self.qkv, self.context, self.qkv_bias)  # [s, b, (heads + 2 kv)/tp · d]
-        query, key, value = rotary_split(fused, cos, sin, self.num_heads, self.num_key_value_heads)
-        mixed = self.attend(query, key, value)  # [b, heads/tp, s, d]
+        query, key, value = rotary_split(fused, places.cos, places.sin, self.num_heads, self.num_key_value_heads)
+        if places.runs is None:
+            mixed = self.attend(query, key, value)  # [b, heads/tp, s, d]
+        else:
+            mixed = context_attention(query, key, value, places.runs, self.context)
         kept, dtype = mixed.detach(), fused.dtype
         joined = _join_heads(mixed, dtype)
         with computed_again(joined, lambda: _join_heads(kept, dtype), active=self.recompute_order):

@@ -13,6 +13,7 @@ from megatron.model.attention import Attention
 from megatron.model.config import ModelConfig
 from megatron.model.mlp import FeedForward
 from megatron.model.norm import Norm, make_norm
+from megatron.model.places import Places
 from megatron.model.recompute import computed_again
 from megatron.parallel.mesh import ParallelContext
 
@@ -39,20 +40,20 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config, context, layer, dtype, device, recompute_product=selective)
 
     def forward(
-        self, hidden: torch.Tensor, branch: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+        self, hidden: torch.Tensor, branch: torch.Tensor | None, places: Places
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream and what is still to be added to it, both [s, b, h] ([s/tp, b, h] under sequence
         parallelism) → the same after this layer. The sum is taken with the norm that follows, in one pass."""
         if self.recompute == "full" and torch.is_grad_enabled():
-            return checkpoint(self._layer, hidden, branch, cos, sin, use_reentrant=False, preserve_rng_state=False)
-        return self._layer(hidden, branch, cos, sin)
+            return checkpoint(self._layer, hidden, branch, places, use_reentrant=False, preserve_rng_state=False)
+        return self._layer(hidden, branch, places)
 
     def _layer(
-        self, hidden: torch.Tensor, branch: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+        self, hidden: torch.Tensor, branch: torch.Tensor | None, places: Places
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, normed = self.attention_norm(hidden, branch)
         with self._norm_again(self.attention_norm, hidden, normed):
-            branch = self.attention(normed, cos, sin)
+            branch = self.attention(normed, places)
         hidden, normed = self.feed_forward_norm(hidden, branch)
         with self._norm_again(self.feed_forward_norm, hidden, normed):
             return hidden, self.feed_forward(normed)

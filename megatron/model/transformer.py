@@ -9,9 +9,11 @@ from torch import nn
 
 from megatron.config.train import Recompute
 from megatron.kernels.rotary import rotary_tables
+from megatron.kernels.runs import Documents
 from megatron.model.block import Block
 from megatron.model.config import ModelConfig
 from megatron.model.norm import make_norm
+from megatron.model.places import find_places
 from megatron.model.vocabulary import Head, make_embedding
 from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.pipeline.partition import Part, cut, parts_of_stage
@@ -55,29 +57,37 @@ class Transformer(nn.Module):
         return [self]
 
     def forward(
-        self, tokens: torch.Tensor, hidden: torch.Tensor | None = None, labels: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        documents: Documents | None = None,
     ) -> torch.Tensor:
         """This stage's part of the forward pass.
 
         tokens [b, s]; hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) from the stage before (None on
-        the first); labels [b, s] (global ids, or IGNORED). Returns hidden for the next stage; on the last one the sum
-        of the losses, a scalar, or without labels the logits [s, b, padded vocabulary/tp].
+        the first); labels [b, s] (global ids, or IGNORED); the `documents` within which attention and positions stay.
+        All are of this rank's part of the sequences. Returns hidden for the next stage; on the last one the sum of the
+        losses, a scalar, or without labels the logits [s, b, padded vocabulary/tp].
         """
+        cp = self.context.cp
+        batch, length = tokens.shape
+        places = find_places(batch, length, documents, self._rotary(length * cp.size), cp)
         if self.is_first:
-            hidden = self.embedding(tokens.t())
+            hidden = self.embedding(tokens.t(), places.positions.t())
         assert hidden is not None, "a later stage needs the activations of the one before"
-        cos, sin = self._rotary(tokens.shape[1], hidden)
         branch = None
         for block in self.blocks:
-            hidden, branch = block(hidden, branch, cos, sin)
+            hidden, branch = block(hidden, branch, places)
         if not self.is_last:
             return hidden if branch is None else hidden + branch
         _, normed = self.final_norm(hidden, branch)
         return self.head(normed) if labels is None else self.head.loss_sum(normed, labels)
 
-    def _rotary(self, sequence_length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary(self, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary tables for this length; made once, since all batches of a run are of one length."""
         if self._tables is None or self._tables[0].shape[0] != sequence_length:
+            like = next(self.parameters())
             self._tables = rotary_tables(
                 sequence_length, self.config.head_dim, self.config.rope_theta, like.dtype, like.device
             )

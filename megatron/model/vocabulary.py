@@ -35,8 +35,8 @@ class Embedding(nn.Module):
         spec = vocabulary_spec(config, context, config.family.embedding)
         self.weight = ShardedParameter.empty(spec, dtype, device, uses)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [s, b] → [s, b, h], or [s/tp, b, h] under sequence parallelism."""
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """tokens [s, b], at positions [s, b] or [s, 1] → [s, b, h], or [s/tp, b, h] under sequence parallelism."""
         return vocabulary_embedding(tokens, self.weight, self.context)
 
 
@@ -61,22 +61,20 @@ class EmbeddingWithPositions(Embedding):
             copied_spec(context, f"{config.family.positions}.weight", shape), dtype, device
         )
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [s, b] → [s, b, h], or [s/tp, b, h] under sequence parallelism. Raises ConfigError where the table
-        has no row for a position."""
-        longest = self.positions.shape[0]
-        if tokens.shape[0] > longest:
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """As for tokens alone. Raises ConfigError where the table may lack a row for a position."""
+        longest, length = self.positions.shape[0], tokens.shape[0] * self.context.cp.size
+        if length > longest:
             raise ConfigError(
-                f"a sequence of {tokens.shape[0]} tokens is above the model's max_position_embeddings={longest}: its "
+                f"a sequence of {length} tokens is above the model's max_position_embeddings={longest}: its "
                 f"positions are learned, and there are no more of them; use {longest} or fewer"
             )
-        hidden = super().forward(tokens)
-        return position_embedding(hidden, self._rows(len(hidden), hidden.device), self.positions)
+        hidden = super().forward(tokens, positions)
+        return position_embedding(hidden, self._share(positions), self.positions)
 
-    def _rows(self, count: int, device: torch.device) -> torch.Tensor:
-        """The positions of this rank's tokens, i64[count, 1]."""
-        first = self.context.tp.rank * count if self.context.sequence else 0
-        return torch.arange(first, first + count, device=device).unsqueeze(1)
+    def _share(self, positions: torch.Tensor) -> torch.Tensor:
+        """The positions of the tokens whose hidden state this rank has."""
+        return positions.chunk(self.context.tp.size)[self.context.tp.rank] if self.context.sequence else positions
 
 
 def make_embedding(

@@ -7,7 +7,7 @@ down; there is no module-level state, and two contexts can live in one process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace, fields
+from dataclasses import dataclass, fields
 
 from megatron.config.parallel import ContextAttention
 from megatron.parallel.communicator import Communicator, new_communicator
@@ -160,7 +160,7 @@ def connect(
     group that this rank is in (tests pass a stricter one).
     """
     make = make or (lambda ranks: new_communicator(ranks, timeout_s))
-    return replace(_build(grid, rank, sequence, num_key_value_heads, wraps, make), context_attention=context_attention)
+    return _build(grid, rank, sequence, num_key_value_heads, wraps, make, context_attention)
 
 
 def key_value_copies(tensor: int, num_key_value_heads: int | None) -> int:
@@ -182,6 +182,7 @@ def _build(
     num_key_value_heads: int | None,
     wraps: bool,
     make: MakeCommunicator | None,
+    context_attention: ContextAttention = "ring",
 ) -> ParallelContext:
     copies = key_value_copies(grid.tensor, num_key_value_heads)
     pipelines = grid.groups("pipeline")
@@ -206,8 +207,15 @@ def _build(
     }
     # Stages speak over `forward` and `backward`; `pp` only counts them, as `data` counts who reads.
     silent = {"pp", "data"} if wraps else {"pp", "data", "forward_wrap", "backward_wrap"}
+    silent |= {"cp"} if context_attention == "ring" else {"ring_even", "ring_odd"}
     axes = {name: _axis(name, groups, rank, None if name in silent else make) for name, groups in members.items()}
-    return ParallelContext(grid=grid, rank=rank, sequence=sequence and grid.tensor > 1, **axes)
+    return ParallelContext(
+        grid=grid,
+        rank=rank,
+        sequence=sequence and grid.tensor > 1,
+        context_attention=context_attention,
+        **axes,
+    )
 
 
 def _axis(name: str, groups: list[tuple[int, ...]], rank: int, make: MakeCommunicator | None) -> Axis:

@@ -108,6 +108,7 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         sequence=plan.sequence_parallel,
         num_key_value_heads=origin.model.num_key_value_heads,
         wraps=config.parallel.chunks > 1,
+        context_attention=config.parallel.context_attention,
         timeout_s=config.parallel.timeout_s,
     )
     vendor = choose_kernels(config.kernels, origin.model, plan.grid.tensor, world)
@@ -269,6 +270,7 @@ def open_loader(
         size=context.data.size,
         vocab_size=model.vocab_size,
         position=position,
+        document_mask=config.data.document_mask,
     )
 
 
@@ -289,7 +291,12 @@ def _validation(
 
     def run() -> Evaluation:
         return evaluate(
-            model, dataset, world.exchange, micro_batch=config.train.micro_batch, micro_batches=plan.micro_batches
+            model,
+            dataset,
+            world.exchange,
+            micro_batch=config.train.micro_batch,
+            micro_batches=plan.micro_batches,
+            document_mask=config.data.document_mask,
         )
 
     return run

@@ -40,6 +40,7 @@ def run_rank(
         sequence=plan.sequence_parallel,
         num_key_value_heads=model.num_key_value_heads,
         wraps=config.parallel.chunks > 1,
+        context_attention=config.parallel.context_attention,
         make=lambda ranks: WatchedCommunicator(new_communicator(ranks, _TIMEOUT_S), used, drop),
     )
     for axis in context.axes():

@@ -39,6 +39,9 @@ class Numbered:
         assert index < self._length, "the blend asked for more than the member has"
         return np.array([self._member, index])
 
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        return np.array([10 * self._member + index])
+
     def source(self, index: int) -> str:
         return f"member {self._member}, sample {index}"
 
@@ -86,6 +89,7 @@ def test_megatron_blend_is_addressed_in_any_order() -> None:
     for index in (139_999, 70_000, 65_536, 65_535, 3, 0):
         assert backwards.sample(index).tolist() == expected[index]
     assert backwards.source(3) == f"member {expected[3][0]}, sample {expected[3][1]}"
+    assert backwards.boundaries(3).tolist() == [10 * expected[3][0] + expected[3][1]]
 
 
 def test_members_are_asked_for_megatrons_surplus() -> None:

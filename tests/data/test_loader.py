@@ -192,3 +192,22 @@ def test_closing_ends_the_thread_with_batches_unread() -> None:
 def test_a_global_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"global_batch=10 .*micro_batch=2 x 2 .* = 4; use 8"):
         BatchLoader(Counting(100), global_batch=10, micro_batch=2, rank=0, size=2, vocab_size=1000)
+
+
+class InDocuments(Counting):
+    """Sample i has a document at i and one at its last token, which only is a label."""
+
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        return np.array([index, 4]) if index else np.array([], dtype=np.int64)
+
+
+def test_micro_batches_know_their_documents_where_they_are_asked_to() -> None:
+    options = {"global_batch": 4, "micro_batch": 2, "rank": 0, "size": 1, "vocab_size": 100}
+    with BatchLoader(InDocuments(3), pad_last=True, document_mask=True, **options) as loader:
+        first, second = (batch.documents for batch in loader.next_batch())
+    assert first is not None and second is not None
+    assert first.starts.dtype == torch.int32
+    assert first.starts.tolist() == [[0, 0, 0, 0], [0, 1, 1, 1]] and first.most == 2
+    assert second.starts.tolist() == [[0, 0, 2, 2], [0, 0, 0, 0]] and second.most == 2  # the last is padding
+    with BatchLoader(InDocuments(4), **options) as loader:
+        assert all(batch.documents is None for batch in loader.next_batch())

@@ -120,3 +120,67 @@ def test_a_stored_negative_token_is_damage_and_not_padding(make_pair: MakePair, 
     )
     with pytest.raises(DataError, match=r"corpus_text_document.bin .* holds the token -1"):
         dataset.sample(0)
+
+
+def begins_of(stream: list[tuple[int, int]], start: int, length: int) -> list[int]:
+    """Where in a window of (document, token) pairs another document begins."""
+    window = stream[start : start + length]
+    return [at for at in range(1, len(window)) if window[at][0] != window[at - 1][0]]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=10).filter(lambda sizes: sum(sizes) > 8),
+    sequence_length=st.integers(1, 7),
+)
+@settings(max_examples=60, deadline=None)
+def test_boundaries_are_where_documents_begin(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], sequence_length: int
+) -> None:
+    prefix = str(tmp_path_factory.mktemp("pair") / "p")
+    documents = numbered(sizes)
+    with IndexedWriter(prefix, "<u2") as writer:
+        for document in documents:
+            writer.add_sequence(document)
+            writer.end_document()
+    megatron = MegatronOrderDataset(prefix, sequence_length=sequence_length, samples=30, seed=3)
+    # Numbered by their place in the order: of two copies of a document, one after the other, the second is another.
+    order = megatron.order.document_index.tolist()
+    stream = [(entry, token) for entry, number in enumerate(order) for token in documents[number]]
+    for index in range(len(megatron)):
+        start = int(megatron.order.shuffle_index[index]) * sequence_length
+        assert megatron.boundaries(index).tolist() == begins_of(stream, start, sequence_length + 1)
+    stable = StableOrderDataset(prefix, sequence_length=sequence_length, seed=1)
+    stream = [(number, token) for number, document in enumerate(documents) for token in document]
+    for index in range(2 * stable.windows_per_epoch):
+        start = stable.window(index) * sequence_length
+        assert stable.boundaries(index).tolist() == begins_of(stream, start, sequence_length + 1)
+
+
+def test_a_document_of_several_sequences_is_one_in_file_order(tmp_path: Path) -> None:
+    """Megatron's order shuffles sequences, so there each is a document; in file order they follow each other."""
+    prefix = str(tmp_path / "p")
+    with IndexedWriter(prefix, "<u2") as writer:
+        for document in ([[0, 1, 2], [3, 4]], [[5, 6], [], [7, 8, 9]]):
+            for sequence in document:
+                writer.add_sequence(sequence)
+            writer.end_document()
+    assert StableOrderDataset(prefix, sequence_length=9, seed=0).boundaries(0).tolist() == [5]
+    megatron = MegatronOrderDataset(prefix, sequence_length=9, samples=1, seed=0)
+    assert len(megatron.boundaries(0)) == 3
+
+
+@pytest.mark.parametrize("order", ["megatron", "stable"])
+def test_boundaries_of_the_real_pair_are_behind_its_end_tokens(shared: Path, order: str) -> None:
+    """Every document of this pair ends with the token 4999 and has it nowhere else, as Megatron's rule supposes."""
+    prefix, end = str(shared / "data/megatron/meg-gpt2-openwebtext_text_document"), 4999
+    dataset: MegatronOrderDataset | StableOrderDataset
+    if order == "megatron":
+        dataset = MegatronOrderDataset(prefix, sequence_length=1024, samples=1000, seed=1234)
+    else:
+        dataset = StableOrderDataset(prefix, sequence_length=1024, seed=1234)
+    found = 0
+    for index in range(300):
+        sample, boundaries = dataset.sample(index), dataset.boundaries(index)
+        assert boundaries.tolist() == (np.flatnonzero(sample[:-1] == end) + 1).tolist()
+        found += len(boundaries)
+    assert found > 100

@@ -44,3 +44,11 @@ def test_a_fixed_set_takes_the_beginning_of_each_and_no_more_than_there_is(make_
     assert len(fixed) == 6
     assert [int(fixed.sample(i)[0]) for i in range(6)] == [0, 4, 8, 200, 204, 0]
     assert "short" in fixed.source(3) and "long" in fixed.source(5)
+
+
+def test_windows_and_fixed_sets_know_where_documents_begin(make_pair: MakePair) -> None:
+    windows = StreamWindows(make_pair([[0, 1, 2], [], [3], [4, 5, 6, 7], [8, 9]]), 4)
+    assert [windows.sample(i).tolist() for i in range(3)] == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, -1, -1, -1]]
+    assert [windows.boundaries(i).tolist() for i in range(3)] == [[3, 4], [4], []]
+    fixed = FixedSet([(windows, 1), (windows, 2)])
+    assert [fixed.boundaries(i).tolist() for i in range(3)] == [[3, 4], [3, 4], [4]]

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from megatron.config.optimizer import OptimizerConfig
-from megatron.config.parallel import LayerSplit, ScheduleName
+from megatron.config.parallel import ContextAttention, LayerSplit, ScheduleName
 from megatron.config.train import Recompute
 from megatron.data.loader import MicroBatch
 from megatron.kernels import native
+from megatron.kernels.runs import Documents
 from megatron.model.config import ModelConfig
 from megatron.model.initialize import initialize
 from megatron.model.transformer import build_stage
@@ -34,6 +35,8 @@ class Case:
     name: str
     tensor: int = 1
     context: int = 1
+    context_attention: ContextAttention = "ring"
+    documents: bool = False
     data: int = 1
     pipeline: int = 1
     sequence: bool = False
@@ -95,6 +98,7 @@ class Case:
                 "name": f"{self.name} on one rank",
                 "tensor": 1,
                 "context": 1,
+                "context_attention": "ring",
                 "data": 1,
                 "pipeline": 1,
                 "sequence": False,
@@ -134,11 +138,21 @@ def batches_of(case: Case, step: int, data_rank: int) -> list[MicroBatch]:
     if case.ragged:
         for row in range(count):
             labels[row, SEQUENCE_LENGTH - (5 * row) % (SEQUENCE_LENGTH + 1) :] = -1
+    starts = _document_starts(count, generator)
     result = []
     for number in range(case.micro_batches):
         start = (number * case.data + data_rank) * case.micro_batch
-        result.append(MicroBatch(tokens[start : start + case.micro_batch], labels[start : start + case.micro_batch]))
+        some = slice(start, start + case.micro_batch)
+        documents = Documents(starts[some], SEQUENCE_LENGTH) if case.documents else None
+        result.append(MicroBatch(tokens[some], labels[some], documents))
     return result
+
+
+def _document_starts(count: int, generator: torch.Generator) -> torch.Tensor:
+    """i32[count, SEQUENCE_LENGTH]: a few documents of any lengths in each sample; the first sample is one document."""
+    begins = torch.rand((count, SEQUENCE_LENGTH), generator=generator) < 0.2
+    begins[0] = False
+    return torch.where(begins, torch.arange(SEQUENCE_LENGTH), 0).cummax(dim=1).values.to(torch.int32)
 
 
 def run_case(
@@ -158,6 +172,7 @@ def run_case(
             sequence=case.sequence,
             num_key_value_heads=case.model.num_key_value_heads,
             wraps=case.chunks > 1,
+            context_attention=case.context_attention,
             make=communicators.make,
         )
         parts = cut(case.layers, case.pipeline * case.chunks, case.split, head_cost=1.7)

@@ -14,9 +14,10 @@ from unittest.mock import patch
 
 import torch
 
-from megatron.model import loss, stage, vocabulary
+from megatron.kernels.runs import Documents
+from megatron.model import loss, places, stage, vocabulary
 from megatron.optim import clip
-from megatron.parallel import gradients, layers
+from megatron.parallel import context, gradients, layers
 from megatron.parallel.buckets import Bucket
 from megatron.parallel.collectives import Done
 from megatron.parallel.pipeline import engine
@@ -98,7 +99,43 @@ def _ignore_tokens(norm: torch.Tensor, divisor: torch.Tensor, limit: float) -> t
     return clip.clip_divisor(norm, torch.ones_like(divisor), limit)
 
 
+def _add_results(mixed: torch.Tensor, total: torch.Tensor, part: torch.Tensor, part_total: torch.Tensor) -> None:
+    mixed.add_(part)
+    total.copy_(torch.logaddexp(total, part_total))
+
+
+def _drop_key_gradients_of_others(original: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        query, *others = original(*arguments)
+        return (query, *others) if arguments[-1].causal else (query, *map(torch.zeros_like, others))
+
+    return backward
+
+
 MUTATIONS: dict[str, Callable[[], Any]] = {
+    "ring-not-waited": lambda: patch.object(context._Passing, "wait", lambda passing: passing._coming),
+    "ring-results-added": lambda: patch.object(context, "_merge", _add_results),
+    "key-gradients-of-others-dropped": lambda: patch.object(
+        context, "run_attention_backward", _drop_key_gradients_of_others(context.run_attention_backward)
+    ),
+    "gathered-key-gradients-not-summed": lambda: patch.object(
+        context, "reduce_scatter", lambda tensor, axis: _own_share(tensor, axis)
+    ),
+    "keys-gathered-in-rank-order": lambda: patch.object(
+        context, "_gather", lambda block, cp: torch.cat([*context.all_gather(block.unsqueeze(0), cp)], dim=3)
+    ),
+    "positions-of-the-first-part": lambda: patch.object(
+        places, "local_positions", lambda length, *_: torch.arange(length)
+    ),
+    "tokens-of-another-part": lambda: patch.object(
+        stage, "local_part", lambda whole, cp: _own_share(whole.t(), cp).t()
+    ),
+    "documents-ignored": lambda: patch.object(stage, "_local_documents", lambda *_: None),
+    "documents-of-another-part": lambda: patch.object(
+        stage,
+        "_local_documents",
+        lambda documents, cp: Documents(_own_share(documents.starts.t(), cp).t(), documents.most),
+    ),
     "column-backward-not-reduced": lambda: patch.object(layers, "start_all_reduce", lambda *_: Done()),
     "row-forward-not-reduced": lambda: patch.object(layers, "reduce_activations", _unsummed_rows),
     "sequence-gradient-not-summed": lambda: patch.object(
@@ -109,7 +146,9 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     ),
     "row-bias-added-on-every-rank": lambda: patch.object(layers, "_add_once", lambda output, bias: output + 2 * bias),
     "positions-of-the-first-share": lambda: patch.object(
-        vocabulary.EmbeddingWithPositions, "_rows", lambda _, count, device: torch.arange(count)[:, None]
+        vocabulary.EmbeddingWithPositions,
+        "_share",
+        lambda embedding, positions: positions.chunk(embedding.context.tp.size)[0],
     ),
     "loss-statistics-not-reduced": lambda: patch.object(loss, "all_reduce", lambda tensor, *_, **__: tensor),
     "data-gradients-not-reduced": lambda: patch.object(gradients.GradientReducer, "_reduce", lambda *_: Done()),
@@ -135,6 +174,9 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "data-gradients-not-waited": lambda: patch.object(gradients.GradientReducer, "finish", _finish_without_waiting),
     "weights-not-waited": lambda: patch.object(step, "gather_weights", _gather_without_waiting),
     "message-not-waited": lambda: patch.object(engine._Mail, "take", _take_without_waiting),
+    "message-around-the-ring-not-waited": lambda: patch.object(
+        engine._Mail, "take", _take_around_the_ring_without_waiting(engine._Mail.take)
+    ),
     "weight-products-dropped": lambda: patch.object(LaterProducts, "run", lambda later, place: None),
     "weight-products-of-another-micro-batch": lambda: patch.object(LaterProducts, "run", _run_the_first_again),
     "chunks-swapped": lambda: patch.object(stage, "run_stage", _swap_chunks(stage.run_stage)),

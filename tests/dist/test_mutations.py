@@ -22,6 +22,9 @@ ZERO_BUBBLE = Case("pp2-zero-bubble", pipeline=2, schedule="zero_bubble")
 TIED = Case("tied-pp2", pipeline=2, tied=True)
 GPT = Case("gpt2-tp2", tensor=2, family="gpt2")
 GPT_SEQUENCE = Case("gpt2-tp2-sequence", tensor=2, sequence=True, family="gpt2")
+CONTEXT = Case("cp2", context=2)
+GATHERED = Case("cp2-all-gather", context=2, context_attention="all_gather")
+DOCUMENTS = Case("cp2-documents", context=2, documents=True)
 KEY_VALUE_COPIES = Case("tp2-one-key-value-head", tensor=2, key_value_heads=1)
 
 # (mutation, case, strict communicator)
@@ -59,6 +62,17 @@ TWINS = [
     ("message-not-waited", PIPELINE, True),
     ("message-not-waited", CHUNKS, True),
     ("sent-buffer-reused", PIPELINE, True),
+    ("ring-not-waited", CONTEXT, True),
+    ("ring-results-added", CONTEXT, False),
+    ("key-gradients-of-others-dropped", CONTEXT, False),
+    ("gathered-key-gradients-not-summed", GATHERED, False),
+    ("keys-gathered-in-rank-order", GATHERED, False),
+    ("positions-of-the-first-part", CONTEXT, False),
+    ("tokens-of-another-part", CONTEXT, False),
+    ("data-gradients-not-reduced", CONTEXT, False),
+    ("loss-totals-not-reduced", CONTEXT, False),
+    ("documents-ignored", DOCUMENTS, False),
+    ("documents-of-another-part", DOCUMENTS, False),
     ("weight-products-dropped", ZERO_BUBBLE, False),
     ("weight-products-of-another-micro-batch", ZERO_BUBBLE, False),
     ("chunks-swapped", CHUNKS, False),

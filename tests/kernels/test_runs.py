@@ -1,0 +1,166 @@
+"""Attention to runs by variable-length flash attention (a stand-in of the same meaning runs here), and its cuts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.kernels.attention import ranged_attention, ranged_attention_backward
+from megatron.kernels.runs import Documents, Runs, whole_attention
+from megatron.kernels.varlen import segments_of, varlen_attention, varlen_attention_backward
+from megatron.parallel.context import causal_runs, local_part, runs_into
+from megatron.parallel.mesh import Axis
+
+BATCH, LENGTH, HEADS, KV, SIZE = 3, 24, 4, 2, 8
+NOTHING = torch.nan  # what a library may leave where nothing was to be computed
+
+
+def document_starts(seed: int) -> torch.Tensor:
+    """Samples of one, of a few, and of many documents, some of one token."""
+    generator = torch.Generator().manual_seed(seed)
+    chance = torch.tensor([[0.0], [0.1], [0.5]])
+    begins = torch.rand((BATCH, LENGTH), generator=generator) < chance
+    return torch.where(begins, torch.arange(LENGTH), 0).cummax(dim=1).values.to(torch.int32)
+
+
+def most_documents(starts: torch.Tensor) -> int:
+    return max(len(row.unique()) for row in starts)
+
+
+def segment_scores(
+    query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(scores [heads, q, k], queries and keys for each head [heads, …, d]) of one segment."""
+    queries, keys = query.transpose(0, 1), key.transpose(0, 1).repeat_interleave(HEADS // KV, dim=0)
+    scores = queries @ keys.transpose(1, 2) * scale
+    if causal:
+        last = torch.arange(query.shape[0]) + key.shape[0] - query.shape[0]  # the last query sees the last key
+        scores = scores.masked_fill(torch.arange(key.shape[0]) > last[:, None], -torch.inf)
+    return scores, queries, keys
+
+
+def flash_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, begin_q: torch.Tensor, begin_k: torch.Tensor,
+    most_q: int, most_k: int, dropout: float, causal: bool, debug: bool, *, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """What `aten._flash_attention_forward` means for packed tensors."""
+    mixed, total = torch.full_like(query, NOTHING), query.new_full((HEADS, len(query)), NOTHING)
+    for q, k in segments(begin_q, begin_k, most_q, most_k):
+        if k.start == k.stop:
+            continue
+        scores, _, _ = segment_scores(query[q], key[k], causal, scale)
+        values = value[k].transpose(0, 1).repeat_interleave(HEADS // KV, dim=0)
+        total[:, q] = scores.logsumexp(dim=-1)
+        mixed[q] = (scores.softmax(dim=-1) @ values).transpose(0, 1)
+    return mixed, total, torch.empty(2), torch.empty(0), torch.empty(0)
+
+
+def flash_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mixed: torch.Tensor,
+    total: torch.Tensor, begin_q: torch.Tensor, begin_k: torch.Tensor, most_q: int, most_k: int, dropout: float,
+    causal: bool, state: torch.Tensor, unused: torch.Tensor, *, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """What `aten._flash_attention_backward` means for packed tensors."""
+    assert total.is_contiguous() and total.isfinite().all()
+    grad_query, grad_key, grad_value = (torch.full_like(tensor, NOTHING) for tensor in (query, key, value))
+    dot = (grad * mixed).sum(dim=-1).t()  # [heads, s]
+    for q, k in segments(begin_q, begin_k, most_q, most_k):
+        if k.start == k.stop or q.start == q.stop:
+            continue
+        scores, queries, keys = segment_scores(query[q], key[k], causal, scale)
+        values = value[k].transpose(0, 1).repeat_interleave(HEADS // KV, dim=0)
+        upstream, chance = grad[q].transpose(0, 1), (scores - total[:, q, None]).exp()
+        change = chance * (upstream @ values.transpose(1, 2) - dot[:, q, None]) * scale
+        grad_query[q] = (change @ keys).transpose(0, 1)
+        for target, per_head in ((grad_key, change.transpose(1, 2) @ queries),
+                                 (grad_value, chance.transpose(1, 2) @ upstream)):  # fmt: skip
+            target[k] = per_head.unflatten(0, (KV, -1)).sum(dim=1).transpose(0, 1)
+    return grad_query, grad_key, grad_value
+
+
+def segments(begin_q: torch.Tensor, begin_k: torch.Tensor, most_q: int, most_k: int) -> list[tuple[slice, slice]]:
+    assert begin_q.dtype == begin_k.dtype == torch.int32 and len(begin_q) == len(begin_k)
+    cuts = [begin.tolist() for begin in (begin_q, begin_k)]
+    sides = [[slice(a, b) for a, b in itertools.pairwise(cut)] for cut in cuts]
+    for side, most in zip(sides, (most_q, most_k), strict=True):
+        assert all(0 <= part.stop - part.start <= most for part in side)
+    return list(zip(*sides, strict=True))
+
+
+def all_runs(size: int, seed: int) -> list[tuple[str, Runs, int]]:
+    """(name, runs, number of keys) of every call that ring and gathered attention make on any of `size` ranks."""
+    starts, found = document_starts(seed), []
+    for rank in range(size):
+        cp = Axis("cp", rank, size)
+        documents = Documents(local_part(starts, cp), most_documents(starts))
+        for which, some in (("documents", documents), ("causal", None)):
+            runs = causal_runs(BATCH, LENGTH // size, some, cp, starts.device)
+            for owner in range(size):
+                found.append((f"{which} {rank} into {owner}", runs_into(owner, runs, cp)[1], LENGTH // size))
+            half = LENGTH // size // 2
+            for part in (slice(0, half), slice(half, None)):
+                found.append((f"{which} {rank} gathered {part}", runs.of(part), LENGTH))
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_segments_mean_what_the_runs_do(size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, runs, keys in all_runs(size, seed):
+        queries = runs.start.shape[1]
+        shapes = [(BATCH, HEADS, queries, SIZE), *2 * [(BATCH, KV, keys, SIZE)], (BATCH, HEADS, queries, SIZE)]
+        query, key, value, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        arguments: tuple[Any, ...] = (runs.start, runs.stop, runs.documents, runs.causal)
+        theirs = ranged_attention(query, key, value, runs.start, runs.stop)
+        found = varlen_attention(query, key, value, *arguments, forward=flash_forward)
+        for our, their in zip(found, theirs, strict=True):
+            torch.testing.assert_close(our, their, msg=lambda text, name=name: f"{name}: {text}")
+        # Backward with the result over some more keys, as in a ring: then no log-sum-exp is infinite.
+        mixed, total = theirs[0] + 0.1, theirs[1].logaddexp(torch.tensor(0.3, dtype=torch.float64))
+        expected = ranged_attention_backward(grad, query, key, value, mixed, total, runs.start, runs.stop)
+        found = varlen_attention_backward(grad, query, key, value, mixed, total, *arguments, backward=flash_backward)
+        for our, their in zip(found, expected, strict=True):
+            torch.testing.assert_close(our, their, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_segments_are_bounded_and_stay_on_the_device() -> None:
+    """Without values (on meta tensors, where reading one is an error) the cuts have a size: nothing waits for them."""
+    bounds = torch.empty((BATCH, LENGTH), dtype=torch.int32, device="meta")
+    found = segments_of(bounds, bounds, 5, LENGTH)
+    assert found.queries.shape == found.keys.shape == (BATCH * (5 + 2) + 1,)
+
+
+def test_torch_takes_the_arguments() -> None:
+    """The operations of this release of torch, on tensors without storage: names, order and shapes."""
+    shapes = [(BATCH, HEADS, LENGTH, SIZE), *2 * [(BATCH, KV, 2 * LENGTH, SIZE)]]
+    query, key, value = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+    bounds = torch.empty((BATCH, LENGTH), dtype=torch.int32, device="meta")
+    mixed, total = varlen_attention(query, key, value, bounds, bounds, 4, True)
+    assert mixed.shape == query.shape and mixed.dtype == torch.bfloat16
+    assert total.shape == query.shape[:3] and total.dtype == torch.float32
+    gradients = varlen_attention_backward(query, query, key, value, mixed, total, bounds, bounds, 4, True)
+    assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, value.shape]
+
+
+def test_attention_to_runs_has_its_derivative() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(BATCH, HEADS, LENGTH, SIZE), *2 * [(BATCH, KV, LENGTH, SIZE)]]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    starts = document_starts(1)
+    runs = causal_runs(BATCH, LENGTH, Documents(starts, most_documents(starts)), Axis("cp"), starts.device)
+    mixed = whole_attention(*inputs, runs)
+    place = torch.arange(LENGTH)
+    mask = (place >= starts.unsqueeze(-1)) & (place <= place.unsqueeze(-1))
+    keys, values = (tensor.repeat_interleave(HEADS // KV, dim=1) for tensor in inputs[1:])
+    scores = (inputs[0] @ keys.transpose(2, 3) / math.sqrt(SIZE)).masked_fill(~mask.unsqueeze(1), -torch.inf)
+    expected = scores.softmax(dim=-1) @ values
+    torch.testing.assert_close(mixed, expected)
+    upstream = torch.randn(mixed.shape, generator=generator, dtype=torch.float64)
+    for our, their in zip(torch.autograd.grad(mixed, inputs, upstream), torch.autograd.grad(expected, inputs, upstream),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(our, their)

@@ -90,16 +90,16 @@ def _stacked(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str, limit: 
     shapes, y = [], 30
     for label, parts in rows:
         x = float(_LABEL)
-        shapes.append(f"<text x=0 y={y + 14}>{html.escape(label)}</text>")
+        shapes.append(f'<text x="0" y="{y + 14}">{html.escape(label)}</text>')
         for name, amount in parts.items():
             tip = f"{name}: {amount:.3g} {unit}"
             shapes.append(_rectangle(x, y, amount * scale, _ROW - 5, colours.get(name, "#444"), tip))
             x += amount * scale
-        shapes.append(f"<text x={x + 5:.1f} y={y + 13}>{sum(parts.values()):.3g} {unit}</text>")
+        shapes.append(f'<text x="{x + 5:.1f}" y="{y + 13}">{sum(parts.values()):.3g} {unit}</text>')
         y += _ROW
     if limit is not None:
         at = _LABEL + limit * scale
-        shapes.append(f'<line x1={at:.1f} x2={at:.1f} y1=24 y2={y} stroke="#d00" stroke-dasharray=4 />')
+        shapes.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="24" y2="{y}" stroke="#d00" stroke-dasharray="4"/>')
     return _svg(y + 5, [*_legend({name: colours.get(name, "#444") for name in names}), *shapes])
 
 
@@ -123,18 +123,18 @@ def _bars(bars: Sequence[Bar], stages: int) -> str:
     scale = (_WIDTH - _LABEL) / (high - low)
     kinds = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
     used = {kinds[letter]: colour for letter, colour in _BAR_COLOURS.items() if any(b.label[0] == letter for b in bars)}
-    shapes = [f"<text x=0 y={30 + stage * _ROW + 14}>stage {stage}</text>" for stage in range(stages)]
+    shapes = [f'<text x="0" y="{30 + stage * _ROW + 14}">stage {stage}</text>' for stage in range(stages)]
     for bar in bars:
         x, width = _LABEL + (bar.start - low) * scale, (bar.stop - bar.start) * scale
         y, tip = 30 + bar.stage * _ROW, f"{bar.label}: {bar.start:.3f} to {bar.stop:.3f} s"
         shapes.append(_rectangle(x, y, width, _ROW - 4, _BAR_COLOURS[bar.label[0]], tip, outlined=True))
         if width > 7 * len(bar.label):
-            shapes.append(f'<text x={x + 3:.1f} y={y + 13} fill="#fff">{html.escape(bar.label)}</text>')
+            shapes.append(f'<text x="{x + 3:.1f}" y="{y + 13}" fill="#fff">{html.escape(bar.label)}</text>')
     return _svg(30 + stages * _ROW + 5, [*_legend(used), *shapes])
 
 
 def _rectangle(x: float, y: float, width: float, height: float, colour: str, tip: str, outlined: bool = False) -> str:
-    stroke = ' stroke="#fff" stroke-width=".6"' if outlined else ""
+    stroke = ' stroke="#fff" stroke-width="0.6"' if outlined else ""
     return (
         f'<rect x="{x:.2f}" y="{y}" width="{max(width, 0.0):.2f}" height="{height}" fill="{colour}"{stroke}>'
         f"<title>{html.escape(tip)}</title></rect>"
@@ -145,7 +145,7 @@ def _legend(colours: Mapping[str, str]) -> Iterable[str]:
     x = _LABEL
     for name, colour in colours.items():
         yield _rectangle(x, 4, 12, 12, colour, name)
-        yield f"<text x={x + 16} y=15>{html.escape(name)}</text>"
+        yield f'<text x="{x + 16}" y="15">{html.escape(name)}</text>'
         x += 30 + 7 * len(name)
 
 

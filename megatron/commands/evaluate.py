@@ -6,7 +6,7 @@ import argparse
 
 HELP = "measure a model's loss and perplexity on a .bin/.idx pair"
 
-_CURE = "Make --micro-batch or --sequence-length smaller, or use more processes with --tensor or --pipeline."
+_CURE = "Make --micro-batch or --sequence-length smaller, or use more processes with --tensor, --context or --pipeline."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="arithmetic (default fp32)"
     )
+    parser.add_argument(
+        "--document-mask",
+        action="store_true",
+        help="keep attention and positions within documents, as data.document_mask",
+    )
     grid = parser.add_argument_group("grid under torchrun (what is left of the processes shares the windows)")
     grid.add_argument("--tensor", "--parallel.tensor", dest="tensor", type=_positive, default=1, metavar="N")
+    grid.add_argument("--context", "--parallel.context", dest="context", type=_positive, default=1, metavar="N")
     grid.add_argument("--pipeline", "--parallel.pipeline", dest="pipeline", type=_positive, default=1, metavar="N")
 
 
@@ -45,7 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
             micro_batch=arguments.micro_batch,
             precision=arguments.precision,
             tensor=arguments.tensor,
+            context=arguments.context,
             pipeline=arguments.pipeline,
+            document_mask=arguments.document_mask,
         )
         if world.launch.rank == 0:
             line = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}

@@ -142,12 +142,30 @@ def _kernel_problems(config: RunConfig) -> Iterator[Problem]:
             "kernels.attention=eager with kernels.flash_attention=true: attention is computed in one way; use "
             "kernels.attention=auto, or kernels.flash_attention=false",
         )
+    yield from _run_attention_problems(config)
     for name in ("flash_attention", "apex"):
         if getattr(kernels, name) and precision != "bf16":
             yield Problem(
                 (f"kernels.{name}", "train.precision"),
                 f"kernels.{name}=true with train.precision={precision}: the library computes in bf16; use "
                 f"kernels.{name}=false or train.precision=bf16",
+            )
+
+
+def _run_attention_problems(config: RunConfig) -> Iterator[Problem]:
+    """What cannot compute attention within documents or over split sequences."""
+    masks = [("data.document_mask", "true")] if config.data.document_mask else []
+    if config.parallel.context > 1:
+        masks.append(("parallel.context", str(config.parallel.context)))
+    others = [("kernels.attention", "eager", "auto")] if config.kernels.attention == "eager" else []
+    if config.kernels.flash_attention:
+        others.append(("kernels.flash_attention", "true", "false"))
+    for key, value in masks:
+        for other, wrong, right in others:
+            yield Problem(
+                (other, key),
+                f"{other}={wrong} with {key}={value}: it knows the plain causal mask alone; use {other}={right} (on a "
+                "GPU in bf16 that is the flash attention which torch brings)",
             )
 
 

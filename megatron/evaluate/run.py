@@ -34,7 +34,9 @@ def evaluate_folder(
     micro_batch: int,
     precision: str,
     tensor: int,
+    context: int,
     pipeline: int,
+    document_mask: bool,
 ) -> Evaluation:
     """Mean loss over the stream `data`; all ranks call it and get the same result on any grid.
 
@@ -43,19 +45,26 @@ def evaluate_folder(
     _logger.info("%s", native.select("auto", world.device.type))
     source = world.agree(lambda: open_source(load))
     config = world.agree(lambda: _check_model(source))
-    length = world.agree(lambda: _check_length(sequence_length, config))
-    grid = world.agree(lambda: _check_grid(world.launch.world_size, tensor, pipeline))
+    length = world.agree(lambda: _check_length(sequence_length, config, context))
+    grid = world.agree(lambda: _check_grid(world.launch.world_size, tensor, context, pipeline))
     dataset = world.agree(lambda: _open_data(source, config, data, length))
     # Split sequences need lengths that divide; others are evaluated without.
-    context = connect(
+    parallel = connect(
         grid,
         world.launch.rank,
-        sequence=length % tensor == 0,
+        sequence=length % (tensor * context) == 0,
         num_key_value_heads=config.num_key_value_heads,
     )
-    model = world.agree(lambda: Transformer(config, context, DTYPES[precision], world.device))
+    model = world.agree(lambda: Transformer(config, parallel, DTYPES[precision], world.device))
     world.agree(lambda: load_weights(model, source))
-    return evaluate(model, dataset, world.exchange, micro_batch=micro_batch, micro_batches=grid.pipeline)
+    return evaluate(
+        model,
+        dataset,
+        world.exchange,
+        micro_batch=micro_batch,
+        micro_batches=grid.pipeline,
+        document_mask=document_mask,
+    )
 
 
 def _check_model(source: Source) -> ModelConfig:
@@ -64,23 +73,31 @@ def _check_model(source: Source) -> ModelConfig:
     return config
 
 
-def _check_length(sequence_length: int | None, config: ModelConfig) -> int:
+def _check_length(sequence_length: int | None, config: ModelConfig, context: int) -> int:
     longest = config.max_position_embeddings
     if sequence_length is not None and sequence_length > longest:
         raise ConfigError(
             f"--sequence-length {sequence_length} is above the model's max_position_embeddings={longest}; "
             f"use {longest} or fewer."
         )
-    return sequence_length or longest
-
-
-def _check_grid(world_size: int, tensor: int, pipeline: int) -> Grid:
-    if tensor * pipeline > world_size:
+    length, unit = sequence_length or longest, 2 * context
+    if context > 1 and length % unit:
         raise ConfigError(
-            f"--tensor {tensor} x --pipeline {pipeline} needs {tensor * pipeline} processes, {world_size} "
-            f"were started; use torchrun --nproc-per-node {tensor * pipeline}."
+            f"--sequence-length {length} is not divisible by {unit}: each of --context {context} ranks holds two equal "
+            f"parts of it; use {length - length % unit or unit}, or --context 1."
         )
-    return Grid.of_world(world_size, tensor, pipeline)
+    return length
+
+
+def _check_grid(world_size: int, tensor: int, context: int, pipeline: int) -> Grid:
+    needed = tensor * context * pipeline
+    if needed > world_size:
+        split = f" x --context {context}" if context > 1 else ""
+        raise ConfigError(
+            f"--tensor {tensor}{split} x --pipeline {pipeline} needs {needed} processes, {world_size} "
+            f"were started; use torchrun --nproc-per-node {needed}."
+        )
+    return Grid.of_world(world_size, tensor, pipeline, context)
 
 
 def _open_data(source: Source, config: ModelConfig, data: str, sequence_length: int) -> StreamWindows:

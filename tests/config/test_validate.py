@@ -75,6 +75,16 @@ from megatron.utils.errors import ConfigError
             (["--data.sequence_length=100"],),
         ),
         (
+            ["--kernels.attention=eager", "--data.document_mask=true"],
+            "use kernels.attention=auto",
+            (["--kernels.attention=auto"], ["--data.document_mask=false"]),
+        ),
+        (
+            ["--kernels.flash_attention=true", "--train.precision=bf16", "--parallel.context=2"],
+            "use kernels.flash_attention=false",
+            (["--kernels.flash_attention=false"], ["--parallel.context=1"]),
+        ),
+        (
             ["--data.sequence_length=20", "--parallel.context=4"],
             "use a length of 16 or 24, or a smaller parallel.context",
             (["--data.sequence_length=24"], ["--parallel.context=2"]),

@@ -262,7 +262,12 @@ OTHER_GRIDS = {
     "pp2 dp2 zero": (4, {"parallel.pipeline": 2, "parallel.zero": 1}),
     "tp2 pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
     "tp4": (4, {"parallel.tensor": 4}),
-    "pp2 chunks": (2, {"parallel.pipeline": 2, "parallel.chunks": 2}),
+    "cp2": (2, {"parallel.context": 2}),
+    "tp2 cp2 gathered": (
+        4,
+        {"parallel.tensor": 2, "parallel.context": 2, "parallel.context_attention": "all_gather"},
+    ),
+    "pp2 chunks": (2, {"parallel.pipeline": 2, "parallel.schedule": "interleaved", "parallel.chunks": 2}),
     "pp2 zero bubble": (2, {"parallel.pipeline": 2, "parallel.schedule": "zero_bubble", "parallel.layers": "[1, 3]"}),
 }
 
@@ -276,11 +281,27 @@ def test_another_grid_goes_on(fresh: MakeJob, finished: MakeJob, ranks: int, set
     assert far <= 1e-6
 
 
-def relative_distance(job: Job, undisturbed: Job) -> float:
+def test_what_chunks_saved_goes_on_without_them(fresh: MakeJob, finished: MakeJob) -> None:
+    undisturbed, job = finished(2, OTHER_GRIDS["pp2 chunks"][1]), fresh(1, {})
+    job.run(checkpoint__load=undisturbed.save / f"step_{INTERVAL:07d}")
+    assert relative_distance(job, undisturbed) <= 1e-6
+
+
+DOCUMENTS = {"data.document_mask": "true"}
+
+
+def test_split_sequences_with_documents_go_on_whole(fresh: MakeJob, finished: MakeJob) -> None:
+    undisturbed, job = finished(4, {"parallel.context": 2, "parallel.zero": 1, **DOCUMENTS}), fresh(1, DOCUMENTS)
+    job.run(checkpoint__load=undisturbed.save / f"step_{INTERVAL:07d}")
+    assert relative_distance(job, undisturbed) <= 1e-6
+    assert relative_distance(undisturbed, finished(4, SHARDED), first=1) > 1e-4, "the documents make no difference"
+
+
+def relative_distance(job: Job, undisturbed: Job, first: int = INTERVAL + 1) -> float:
     """The largest relative difference of a loss, validation loss or gradient norm after the checkpoint."""
     expected = {line["step"]: line for line in read_metrics(undisturbed.log)}
     lines = read_metrics(job.log)
-    assert [line["step"] for line in lines] == list(range(INTERVAL + 1, INTERVAL + 1 + len(lines)))
+    assert [line["step"] for line in lines] == list(range(first, first + len(lines)))
     ratios = [
         line[name] / expected[line["step"]][name]
         for line in lines

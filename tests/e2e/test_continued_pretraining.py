@@ -133,7 +133,14 @@ def test_held_out_loss_drops_on_both_grids(trained: tuple[Path, list[float]]) ->
 def test_evaluation_is_the_same_on_any_grid(evaluate: Evaluate, stories: Path, pairs: dict[str, Path]) -> None:
     alone = evaluate(stories)
     assert alone["tokens"] == IndexedReader(pairs["held"]).num_tokens - 1
-    for ranks, grid in [(2, {}), (2, {"tensor": 2}), (4, {"pipeline": 2}), (4, {"tensor": 2, "pipeline": 2})]:
+    grids: list[tuple[int, dict[str, int]]] = [
+        (2, {}),
+        (2, {"tensor": 2}),
+        (2, {"context": 2}),
+        (4, {"pipeline": 2}),
+        (4, {"tensor": 2, "pipeline": 2}),
+    ]
+    for ranks, grid in grids:
         other = evaluate(stories, ranks, **grid)
         assert other["tokens"] == alone["tokens"]
         assert other["loss"] == pytest.approx(alone["loss"], rel=1e-7), (ranks, grid)

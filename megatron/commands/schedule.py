@@ -40,7 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
         BackwardInput,
         BackwardWeight,
         Forward,
-        live_micro_batches,
         make_schedule,
     )
     from megatron.parallel.pipeline.simulate import simulate
@@ -59,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.svg:
         write_atomically(Path(arguments.svg), to_svg(result))
     print(to_text(result, min(forward, inputs, weights) / chunks))
-    alive = ", ".join(f"{live_micro_batches(actions) / chunks:g}" for actions in plan)
+    alive = ", ".join(f"{result.peak_live(stage) / chunks:g}" for stage in range(stages))
     print(
         f"step {result.step_s:g} s; bubble {result.bubble:.1%} of the work; micro-batches alive on each stage: {alive}"
     )
@@ -75,8 +74,13 @@ def _check(arguments: argparse.Namespace) -> None:
     ]
     if min(arguments.seconds) <= 0.0:
         problems.append(f"--seconds {' '.join(map(str, arguments.seconds))}: each must be above 0")
-    if not problems and chunks > 1 and (stages == 1 or arguments.schedule != "1f1b"):
-        problems.append(f"--chunks {chunks} is for 1f1b on at least 2 stages; leave it out")
+    if not problems and arguments.schedule != "interleaved" and chunks > 1:
+        problems.append(f"--chunks {chunks} is for --schedule interleaved, not {arguments.schedule}; leave it out")
+    elif not problems and arguments.schedule == "interleaved" and min(stages, chunks) < 2:
+        problems.append(
+            f"--schedule interleaved with --stages {stages} and --chunks {chunks}: it wants 2 or more of both; use "
+            "--chunks 2, or --schedule 1f1b"
+        )
     elif not problems and chunks > 1 and micro_batches % stages:
         below = micro_batches // stages * stages
         problems.append(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatron.config.key import key
 
-ScheduleName = Literal["1f1b", "gpipe", "zero_bubble"]
+ScheduleName = Literal["1f1b", "interleaved", "zero_bubble", "gpipe"]
 # How the layers are dealt out, or how many each part of the pipeline holds.
 LayerSplit = Literal["even", "balanced"] | tuple[int, ...]
 ContextAttention = Literal["ring", "all_gather"]
@@ -32,14 +32,14 @@ class ParallelConfig:
     pipeline: int = key(1, "Stages that the layers are divided into.", minimum=1)
     schedule: ScheduleName = key(
         "1f1b",
-        "Order of the pipeline's work: `1f1b`, interleaved where chunks > 1; `zero_bubble` (ZB-H1): weight gradients "
-        "fill the gaps, for as much memory on every stage as 1f1b needs on the first; `gpipe`: all forward passes "
-        "first, for comparisons.",
+        "Order of the pipeline's work: `1f1b`; `interleaved`, which is 1F1B over several chunks of each stage; "
+        "`zero_bubble` (ZB-H1): weight gradients fill the gaps, for as much memory on every stage as 1f1b needs on the "
+        "first; `gpipe`: all forward passes first, for comparisons.",
     )
     chunks: int = key(
         1,
-        "Parts of the model that each stage holds (virtual stages): the pipeline's idle time is divided by it, "
-        "messages are multiplied.",
+        "Parts of the model that each stage holds under `interleaved` (virtual stages): the pipeline's idle time is "
+        "divided by it, messages are multiplied.",
         minimum=1,
     )
     layers: LayerSplit = key(

@@ -201,7 +201,7 @@ def _shape_problems(model: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _division_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
     """Whether the tensor ranks and pipeline stages can share the model."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    tensor = config.parallel.tensor
     for name in ("num_attention_heads", "intermediate_size"):
         size = model.get(name)
         if size and size % tensor:
@@ -224,11 +224,19 @@ def _layer_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Pro
     """Whether the layers can be dealt out to the parts of the pipeline."""
     parallel, layers = config.parallel, model.get("num_hidden_layers")
     pipeline, parts, counts = parallel.pipeline, parallel.pipeline * parallel.chunks, parallel.layers
-    if parallel.chunks > 1 and (pipeline == 1 or parallel.schedule != "1f1b"):
+    if (parallel.schedule == "interleaved") != (parallel.chunks > 1):
+        cure = "parallel.schedule=1f1b" if parallel.chunks == 1 else "parallel.chunks=1"
         yield Problem(
-            ("parallel.chunks", "parallel.pipeline", "parallel.schedule"),
-            f"parallel.chunks={parallel.chunks} with parallel.pipeline={pipeline} and parallel.schedule="
-            f"{parallel.schedule}: only a pipeline of at least 2 stages under 1f1b has chunks; use parallel.chunks=1",
+            ("parallel.schedule", "parallel.chunks"),
+            f"parallel.schedule={parallel.schedule} with parallel.chunks={parallel.chunks}: interleaved is the "
+            f"schedule of 2 or more chunks a stage, the others have one; use interleaved and 2 chunks or more, or "
+            f"{cure}",
+        )
+    elif parallel.chunks > 1 and pipeline == 1:
+        yield Problem(
+            ("parallel.chunks", "parallel.pipeline"),
+            f"parallel.chunks={parallel.chunks} with parallel.pipeline=1: one stage has nothing to interleave; use "
+            "parallel.schedule=1f1b with parallel.chunks=1, or 2 stages or more",
         )
     if isinstance(counts, tuple):
         if len(counts) != parts:
@@ -332,7 +340,7 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
             f"train.global_batch={train.global_batch} gives each data rank {train.global_batch // together} "
             f"micro-batches, which go through the chunks in groups of parallel.pipeline={parallel.pipeline}; use a "
             f"global batch of {_or(_multiples_near(train.global_batch, together * parallel.pipeline))}, or "
-            "parallel.chunks=1",
+            "parallel.schedule=1f1b with parallel.chunks=1",
         )
 
 

@@ -75,6 +75,8 @@ class GradientSink:
 
     def add_product(self, grad_output: torch.Tensor, inputs: torch.Tensor) -> None:
         """Add grad_outputᵀ [n, out] · inputs [n, in], now or when the schedule has put it."""
+        # What is put off must not keep the graph that its operands came of, and with it the activations received.
+        grad_output, inputs = grad_output.detach(), inputs.detach()
 
         def add() -> None:
             self.accumulate_product(grad_output, inputs)

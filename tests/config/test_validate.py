@@ -65,6 +65,41 @@ from megatron.utils.errors import ConfigError
             (["--parallel.tensor=4"], ["--parallel.tensor=12"]),
         ),
         (
+            ["--parallel.chunks=2", "--parallel.pipeline=2", "--model.num_hidden_layers=4"],
+            "interleaved is the schedule of 2 or more chunks a stage",
+            (["--parallel.schedule=interleaved"], ["--parallel.chunks=1"]),
+        ),
+        (
+            ["--parallel.schedule=interleaved", "--parallel.pipeline=2", "--model.num_hidden_layers=4"],
+            "use interleaved and 2 chunks or more, or parallel.schedule=1f1b",
+            (["--parallel.chunks=2"], ["--parallel.schedule=1f1b"]),
+        ),
+        (
+            ["--parallel.schedule=interleaved", "--parallel.chunks=2"],
+            "one stage has nothing to interleave",
+            (["--parallel.pipeline=2"], ["--parallel.schedule=1f1b", "--parallel.chunks=1"]),
+        ),
+        (
+            [
+                "--parallel.schedule=interleaved",
+                "--parallel.chunks=3",
+                "--parallel.pipeline=2",
+                "--model.num_hidden_layers=4",
+            ],
+            "use 2 chunks or fewer",
+            (["--parallel.chunks=2"],),
+        ),
+        (
+            ["--parallel.layers=[2, 1, 1]", "--parallel.pipeline=2", "--model.num_hidden_layers=4"],
+            "parallel.layers has 3 numbers, but parallel.pipeline=2 x parallel.chunks=1 gives 2 parts",
+            (["--parallel.layers=[1, 3]"], ["--parallel.layers=even"]),
+        ),
+        (
+            ["--parallel.layers=[2, 3]", "--parallel.pipeline=2", "--model.num_hidden_layers=4"],
+            "take away 1, or use even",
+            (["--parallel.layers=[2, 2]"], ["--parallel.layers=balanced"]),
+        ),
+        (
             ["--model.num_hidden_layers=3", "--parallel.pipeline=4"],
             "use 3 stages or fewer",
             (["--parallel.pipeline=3"],),

@@ -21,6 +21,7 @@ from megatron.parallel import context, gradients, layers
 from megatron.parallel.buckets import Bucket
 from megatron.parallel.collectives import Done
 from megatron.parallel.pipeline import engine
+from megatron.parallel.pipeline.schedule import incoming
 from megatron.parallel.weight_gradient import GradientSink, LaterProducts
 from megatron.train import step
 
@@ -62,6 +63,16 @@ def _gather_without_waiting(buckets: list[Bucket], context: Any) -> None:
 def _take_without_waiting(mail: Any, action: Any) -> torch.Tensor | None:
     mail.ask(action)
     return mail.expected.pop(action)[0] if action in mail.expected else None
+
+
+def _take_around_the_ring_without_waiting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Only of messages between the ends of the ring nobody waits for the end."""
+
+    def take(mail: Any, action: Any) -> torch.Tensor | None:
+        source = incoming(action, mail.context.pp.rank, mail.context.pp.size, mail.chunks)
+        return _take_without_waiting(mail, action) if source is not None and source.wraps else original(mail, action)
+
+    return take
 
 
 def _reuse_what_is_sent(original: Callable[..., None]) -> Callable[..., None]:

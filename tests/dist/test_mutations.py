@@ -17,7 +17,7 @@ DATA = Case("dp2", data=2)
 ZERO = Case("dp2-zero", data=2, zero=1)
 UNCLIPPED = Case("dp2-unclipped", data=2, clip=0.0)  # clipping would make up for a wrong scale
 PIPELINE = Case("pp2", pipeline=2)
-CHUNKS = Case("pp2-four-chunks", pipeline=2, chunks=4, layers=8)
+CHUNKS = Case("pp2-four-chunks", pipeline=2, schedule="interleaved", chunks=4, layers=8)
 ZERO_BUBBLE = Case("pp2-zero-bubble", pipeline=2, schedule="zero_bubble")
 TIED = Case("tied-pp2", pipeline=2, tied=True)
 GPT = Case("gpt2-tp2", tensor=2, family="gpt2")
@@ -60,7 +60,7 @@ TWINS = [
     ("data-gradients-not-waited", DATA, True),
     ("weights-not-waited", ZERO, True),
     ("message-not-waited", PIPELINE, True),
-    ("message-not-waited", CHUNKS, True),
+    ("message-around-the-ring-not-waited", CHUNKS, True),
     ("sent-buffer-reused", PIPELINE, True),
     ("ring-not-waited", CONTEXT, True),
     ("ring-results-added", CONTEXT, False),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 import xml.etree.ElementTree as ElementTree
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +27,7 @@ from megatron.parallel.pipeline.schedule import (
     label,
     live_micro_batches,
     make_schedule,
+    one_forward_one_backward,
     zero_bubble_h1,
 )
 from megatron.parallel.pipeline.simulate import simulate
@@ -46,6 +50,21 @@ def test_schedules_of_one_chunk(stages: int, micro_batches: int, name: ScheduleN
         "zero_bubble": [min(micro_batches, stages)] * stages,
     }
     assert [live_micro_batches(actions) for actions in plan] == bound[name]
+    simulation = simulate(plan, lambda _, action: SECONDS[type(action)])
+    assert [simulation.peak_live(stage) for stage in range(stages)] == bound[name]
+
+
+def test_all_small_sizes() -> None:
+    for stages, micro_batches in itertools.product(range(1, 6), range(1, 9)):
+        for name in get_args(ScheduleName):
+            if name != "interleaved":
+                check_schedule(make_schedule(name, stages, micro_batches), micro_batches)
+        for chunks in range(1, 5 if stages > 1 else 2):
+            evaluation = forward_only(stages, micro_batches, chunks)
+            check_schedule(evaluation, micro_batches, chunks=chunks, backward=False)
+            if chunks > 1 and micro_batches % stages == 0:
+                plan = make_schedule("interleaved", stages, micro_batches, chunks)
+                check_schedule(plan, micro_batches, chunks=chunks)
 
 
 @settings(deadline=None, max_examples=50)
@@ -79,6 +98,21 @@ def test_forward_only(stages: int, micro_batches: int, chunks: int) -> None:
     check_schedule(forward_only(stages, micro_batches, chunks), micro_batches, chunks=chunks, backward=False)
 
 
+def test_the_simulator_is_fast_enough_to_search_with() -> None:
+    plan = interleaved_one_forward_one_backward(16, 512, 4)
+    begin = time.process_time()
+    simulation = simulate(plan, lambda _, action: SECONDS[type(action)], lambda _: 0.01, chunks=4)
+    assert time.process_time() - begin < 3.0  # 0.4 s where nothing else runs
+    assert simulation.step_s > 512 * 4 * (SECONDS[Forward] + SECONDS[Backward])
+
+
+def test_a_late_stage_makes_the_others_wait() -> None:
+    """Stages of different speed: the step is the slow stage's work, and its filling and draining."""
+    result = simulate(one_forward_one_backward(2, 3), lambda stage, _: 1.0 + stage)
+    assert result.step_s == pytest.approx(1.0 + 3 * (2.0 + 2.0) + 1.0)
+    assert [result.busy_s(stage) for stage in range(2)] == [6.0, 12.0]
+
+
 def test_messages_take_time_beside_the_work() -> None:
     """Two stages, one micro-batch: 1 + transfer + 1 + 2.25 + transfer + 2.25 seconds."""
     result = simulate(make_schedule("1f1b", 2, 1), lambda _, action: SECONDS[type(action)], lambda _: 0.5)
@@ -91,6 +125,27 @@ def test_the_checker_notices_an_action_left_out() -> None:
     del plan[1][-1]
     with pytest.raises(AssertionError, match="stage 1"):
         check_schedule(plan, 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 5), st.sampled_from(get_args(ScheduleName)), st.data())
+def test_the_checker_notices_whatever_is_broken(stages: int, name: ScheduleName, data: st.DataObject) -> None:
+    """One action of one stage lost, doubled, or exchanged with another whose message goes the same way."""
+    chunks = 2 if name == "interleaved" else 1
+    plan = make_schedule(name, stages, 2 * stages, chunks)
+    actions = plan[data.draw(st.integers(0, stages - 1))]
+    at = data.draw(st.integers(0, len(actions) - 1))
+    fault = data.draw(st.sampled_from(["lost", "doubled", "exchanged"]))
+    if fault == "lost":
+        del actions[at]
+    elif fault == "doubled":
+        actions.insert(at, actions[at])
+    else:
+        forwards = [place for place, action in enumerate(actions) if isinstance(action, Forward)]
+        one, other = data.draw(st.lists(st.sampled_from(forwards), min_size=2, max_size=2, unique=True))
+        actions[one], actions[other] = actions[other], actions[one]
+    with pytest.raises(AssertionError):
+        check_schedule(plan, 2 * stages, chunks=chunks)
 
 
 def test_the_checker_notices_a_weight_gradient_left_out() -> None:
@@ -127,6 +182,15 @@ def test_the_checker_notices_a_deadlock_around_the_ring() -> None:
     first = forwards[:2] + backwards[:1] + forwards[2:] + backwards[1:]
     with pytest.raises(AssertionError, match="deadlock"):
         check_schedule([first, forwards + backwards], 2, chunks=2)
+
+
+def test_the_checker_notices_a_deadlock_of_communicators_that_run_in_order() -> None:
+    """With fewer micro-batches in a group than stages, a stage asks for what comes round the ring before it sends what
+    must go round it: harmless over gloo, the end over NCCL."""
+    order: list[Action] = [Forward(0), Forward(1), Forward(0, 1), Forward(1, 1)]
+    check_schedule([order] * 2, 2, chunks=2, backward=False)
+    with pytest.raises(AssertionError, match="deadlock"):
+        check_schedule([order] * 4, 2, chunks=2, backward=False)
 
 
 @given(st.integers(1, 100), st.integers(1, 16))

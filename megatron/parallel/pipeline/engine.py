@@ -9,6 +9,7 @@ kept until then. The engine knows no model: it runs a `StageFunction`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -132,25 +133,29 @@ def run_stage(
                 if output.dim() == 0:
                     losses += output.detach()
                 mail.send(action, output.detach())
+                del hidden, output  # else they would live on beside the next micro-batches
             elif isinstance(action, BackwardWeight):
                 assert later is not None
                 later.run(place)
             else:
-                hidden, output = alive.pop(place)
-                _go_back(output, message, None if isinstance(action, Backward) else later, place)
-                if hidden is not None:
-                    assert hidden.grad is not None
-                    mail.send(action, hidden.grad)
+                gradient = _go_back(*alive.pop(place), message, None if isinstance(action, Backward) else later, place)
+                if gradient is not None:
+                    mail.send(action, gradient)
     mail.finish()
     return losses
 
 
 def _go_back(
-    output: torch.Tensor, gradient: torch.Tensor | None, later: LaterProducts | None, place: tuple[int, int]
-) -> None:
-    """The backward pass of one micro-batch through one chunk; products of weights are left to `later`, if given."""
-    if later is None:
+    hidden: torch.Tensor | None,
+    output: torch.Tensor,
+    gradient: torch.Tensor | None,
+    later: LaterProducts | None,
+    place: tuple[int, int],
+) -> torch.Tensor | None:
+    """The backward pass of one micro-batch through one chunk; products of weights are left to `later`, if given.
+
+    Returns the gradient of `hidden`. Nothing else of the pass is kept.
+    """
+    with later.collecting(place) if later is not None else nullcontext():
         torch.autograd.backward(output, gradient)
-        return
-    with later.collecting(place):
-        torch.autograd.backward(output, gradient)
+    return None if hidden is None else hidden.grad

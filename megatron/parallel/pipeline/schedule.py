@@ -7,8 +7,10 @@ free of deadlock (check.py), and `simulate` says how long it takes (simulate.py)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron.config.parallel import ScheduleName
 
@@ -58,8 +60,8 @@ def label(action: Action) -> str:
 
 
 def make_schedule(name: ScheduleName, stages: int, micro_batches: int, chunks: int = 1) -> Schedule:
-    """The schedule of this name; 1F1B with several chunks is the interleaved one."""
-    if name == "1f1b" and chunks > 1:
+    """The schedule of this name."""
+    if name == "interleaved":
         return interleaved_one_forward_one_backward(stages, micro_batches, chunks)
     assert chunks == 1, f"{name} has one chunk for each stage"
     functions = {"1f1b": one_forward_one_backward, "gpipe": gpipe, "zero_bubble": zero_bubble_h1}
@@ -124,10 +126,8 @@ def zero_bubble_h1(stages: int, micro_batches: int) -> Schedule:
 
 def forward_only(stages: int, micro_batches: int, chunks: int = 1) -> Schedule:
     """Every micro-batch forward through every chunk, none backward: evaluation."""
-    if chunks == 1 or micro_batches % stages:
-        groups = [range(number, number + 1) for number in range(micro_batches)]
-    else:
-        groups = [range(start, start + stages) for start in range(0, micro_batches, stages)]
+    group_size = 1 if micro_batches % stages else stages
+    groups = [range(start, start + group_size) for start in range(0, micro_batches, group_size)]
     order = [(number, chunk) for group in groups for chunk in range(chunks) for number in group]
     return [[Forward(number, chunk) for number, chunk in order] for _ in range(stages)]
 
@@ -144,8 +144,7 @@ def live_micro_batches(actions: list[Action]) -> int:
     return peak
 
 
-@dataclass(frozen=True)
-class Channel:
+class Channel(NamedTuple):
     """Messages of one direction between two stages. `wraps` tells those that close the ring, from the last stage's
     chunk to the first one's next (backward: the other way round): they have a communicator of their own, since two
     stages alone would else send in both directions over one."""
@@ -182,15 +181,16 @@ def passed_on(action: Action, stage: int, stages: int) -> Action:
 
 
 def next_to_ask(actions: Sequence[Action], at: int) -> Action | None:
-    """The action whose message to ask for before action `at` works: the one that follows, unless it is the backward
-    pass of the very same micro-batch, whose gradient cannot come before its activations went out."""
+    """The action whose message to ask for before action `at` works: the one that follows, unless it works on the same
+    micro-batch. What that one needs comes of what this one sends, and a communicator that runs its operations in order
+    would wait for it first, for ever."""
     if at + 1 == len(actions):
         return None
     action, following = actions[at], actions[at + 1]
-    same = (action.micro_batch, action.chunk) == (following.micro_batch, following.chunk)
-    return None if same else following
+    return None if action.micro_batch == following.micro_batch else following
 
 
+@functools.cache
 def _forward_channel(sender: int, chunk: int, stages: int, chunks: int) -> Channel | None:
     """The channel on which the chunk of `sender` (−1: the last stage) sends its activations."""
     sender %= stages
@@ -200,6 +200,7 @@ def _forward_channel(sender: int, chunk: int, stages: int, chunks: int) -> Chann
     return Channel(True, last, sender, (sender + 1) % stages)
 
 
+@functools.cache
 def _backward_channel(receiver: int, chunk: int, stages: int, chunks: int) -> Channel | None:
     """The channel on which the chunk of `receiver` (−1: the last stage) gets the gradient of its activations."""
     forward = _forward_channel(receiver, chunk, stages, chunks)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megatron.parallel.pipeline.schedule import Action, Channel, Schedule, incoming, outgoing, passed_on
+from megatron.parallel.pipeline.schedule import (
+    Action,
+    Channel,
+    Schedule,
+    incoming,
+    live_micro_batches,
+    outgoing,
+    passed_on,
+)
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """One action of a stage, from `start` to `stop` in seconds after the step began."""
 
     stage: int
@@ -34,6 +43,10 @@ class Simulation:
         """Seconds in which a stage works."""
         return sum(bar.stop - bar.start for bar in self.bars[stage])
 
+    def peak_live(self, stage: int) -> int:
+        """The most micro-batches of which a stage holds activations at once, each chunk counted by itself."""
+        return live_micro_batches([bar.action for bar in self.bars[stage]])
+
     @property
     def bubble(self) -> float:
         """The time in which stages wait, as a share of the time in which they work (the field's "bubble fraction":
@@ -50,27 +63,28 @@ def simulate(
 ) -> Simulation:
     """Run a plan that `check_schedule` accepts. `seconds` is the duration of a stage's action; `transfer_s` that of a
     message, which goes on beside the work of both stages, one message of a channel after the other."""
-    stages, at = len(plan), [0] * len(plan)
+    stages = len(plan)
     bars: list[list[Bar]] = [[] for _ in plan]
-    arrives: dict[tuple[int, Action], float] = {}
+    arrives: list[dict[Action, float]] = [{} for _ in plan]
     wire_free: dict[Channel, float] = collections.defaultdict(float)
     hopeful = collections.deque(range(stages))
     while hopeful:
         stage = hopeful.popleft()
-        while at[stage] < len(plan[stage]):
-            action = plan[stage][at[stage]]
-            begin = bars[stage][-1].stop if bars[stage] else 0.0
+        clock = bars[stage][-1].stop if bars[stage] else 0.0
+        for action in itertools.islice(plan[stage], len(bars[stage]), None):
+            begin = clock
             if incoming(action, stage, stages, chunks) is not None:
-                if (stage, action) not in arrives:
+                arrival = arrives[stage].pop(action, None)
+                if arrival is None:
                     break
-                begin = max(begin, arrives.pop((stage, action)))
-            end = begin + seconds(stage, action)
-            bars[stage].append(Bar(stage, action, begin, end))
+                begin = max(begin, arrival)
+            clock = begin + seconds(stage, action)
+            bars[stage].append(Bar(stage, action, begin, clock))
             target = outgoing(action, stage, stages, chunks)
             if target is not None:
-                wire_free[target] = max(end, wire_free[target]) + transfer_s(target)
-                arrives[target.receiver, passed_on(action, stage, stages)] = wire_free[target]
-                hopeful.append(target.receiver)
-            at[stage] += 1
-    assert all(done == len(actions) for done, actions in zip(at, plan, strict=True)), "the plan hangs: check it first"
+                arrival = wire_free[target] = max(clock, wire_free[target]) + transfer_s(target)
+                arrives[target.receiver][passed_on(action, stage, stages)] = arrival
+                if target.receiver not in hopeful:
+                    hopeful.append(target.receiver)
+    assert [*map(len, bars)] == [*map(len, plan)], "the plan hangs: check it first"
     return Simulation(bars)

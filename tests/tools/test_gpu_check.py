@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.kernels import native
+from megatron.kernels import native, varlen
+from megatron.kernels.varlen import segments_of
+from tests.kernels.flash import flash_backward, flash_forward
 from tools.gpu_check import __main__ as program
 from tools.gpu_check import operations, steps
 
@@ -123,3 +126,21 @@ def test_host_syncs_are_counted_by_torchs_warnings(monkeypatch: pytest.MonkeyPat
         warnings.warn("something else", stacklevel=1)
     assert len(syncs) == 1 and syncs[0].startswith(__file__)
     assert modes == ["warn", "default"]
+
+
+def test_attention_within_documents_is_checked_against_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU alone; here with a stand-in for the library, right and wrong."""
+
+    def random(*shape: int, seed: int = 1) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    forward, backward = varlen.varlen_attention, varlen.varlen_attention_backward
+    monkeypatch.setattr(varlen, "varlen_attention", functools.partial(forward, forward=flash_forward))
+    monkeypatch.setattr(varlen, "varlen_attention_backward", functools.partial(backward, backward=flash_backward))
+    rows = [operations.check(operation, 1e9) for operation in operations.within_documents(random, 50, CPU)]
+    assert [row["problem"] for row in rows] == [None] * 4, rows
+    monkeypatch.setattr(
+        varlen, "segments_of", lambda start, stop, *rest: segments_of(torch.zeros_like(start), stop, *rest)
+    )
+    rows = [operations.check(operation, 1e9) for operation in operations.within_documents(random, 50, CPU)]
+    assert all(row["problem"] == "farther from float64 than the reference" for row in rows), rows

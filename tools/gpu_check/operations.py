@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron.kernels import adamw, cross_entropy, rms_norm, rotary, squared_norm, swiglu
+from megatron.kernels import adamw, attention, cross_entropy, rms_norm, rotary, squared_norm, swiglu, varlen
 from megatron.kernels.numerics import statistics_dtype
 from megatron.utils.device import synchronize
 
@@ -77,6 +77,8 @@ def operations(device: torch.device, dtype: torch.dtype, size: int) -> Iterator[
     yield Operation("swiglu_backward", swiglu._native_backward, swiglu.swiglu_backward_reference, [half, hidden])
     yield from _rotary(random, size, dtype, device)
     yield from _cross_entropy(random, size, wide, device)
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        yield from within_documents(random, size, device)
     flat = random(size * size, dtype=wide)
     yield Operation("squared_norm", squared_norm._native, squared_norm.squared_norm_reference, [flat])
     one, zero = torch.ones((), device=device), torch.zeros((), device=device)
@@ -104,6 +106,49 @@ def _rotary(
     yield Operation("rotary_split", rotary._native, rotary.rotary_split_reference, inputs)
     query, key, value = rotary.rotary_split_reference(*inputs)
     yield Operation("rotary_join", rotary._native_join, rotary.rotary_join_reference, [query, key, value, cos, sin])
+
+
+def within_documents(random: Callable[..., torch.Tensor], size: int, device: torch.device) -> Iterator[Operation]:
+    """Attention within documents by the library that torch brings (no kernel of ours is behind it): causal, and as a ring
+    meets the keys of another rank, of which the early queries see some and the late ones none."""
+    b, heads, kv, d, s = 2, 4, 2, 64, size
+    query, key, value, grad = (
+        random(b, count, s, d, seed=seed) for count, seed in ((heads, 1), (kv, 2), (kv, 3), (heads, 4))
+    )
+    place = torch.arange(s, dtype=torch.int32, device=device).expand(b, -1)
+    length = s // 3 + 1
+    causal = place // length * length, place + 1
+    ring = (place >= s // 2).to(torch.int32) * (s - 7) + 7, torch.full_like(place, s)
+    for name, (start, stop), is_causal in (("documents", causal, True), ("ring_step", ring, False)):
+        documents = 3 if is_causal else 2
+
+        def forward(*tensors: torch.Tensor, most: int = documents, is_causal: bool = is_causal) -> Any:
+            return _finite(*varlen.varlen_attention(*tensors, most, is_causal))
+
+        def backward(*tensors: torch.Tensor, most: int = documents, is_causal: bool = is_causal) -> Any:
+            return varlen.varlen_attention_backward(*tensors, most, is_causal)
+
+        runs = [start.contiguous(), stop.contiguous()]
+        inputs = [query, key, value, *runs]
+        yield Operation(
+            f"attention_{name}",
+            forward,
+            lambda *tensors: _finite(*attention.ranged_attention_reference(*tensors)),
+            inputs,
+        )
+        mixed, total = attention.ranged_attention_reference(*inputs)
+        total = total.logaddexp(torch.zeros_like(total))  # as if there were more keys elsewhere: none is infinite
+        yield Operation(
+            f"attention_{name}_backward",
+            backward,
+            attention.ranged_attention_backward_reference,
+            [grad, query, key, value, mixed, total, *runs],
+        )
+
+
+def _finite(mixed: torch.Tensor, log_sum_exp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For comparing: queries without keys, whose log-sum-exp is −∞, get 0."""
+    return mixed, log_sum_exp.masked_fill(log_sum_exp.isneginf(), 0.0)
 
 
 def _cross_entropy(

@@ -38,6 +38,8 @@ from megatron.plan.result import Bar, Result, StageResult, Traffic
 from megatron.plan.timeline import Timeline
 from megatron.train.build import Plan, make_plan
 
+# A schedule with more forward actions than this is simulated for so many rounds of the pipeline, and one more.
+_MOST_ACTIONS, _FULL_ROUNDS = 20_000, 4
 _RECORDED = 3  # micro-batches: the first, the last, and one between
 
 
@@ -103,9 +105,8 @@ def price(run: RecordedRun, gpu: Gpu, interconnect: Interconnect, title: str = "
     costs = Costs(gpu, interconnect, config.train.precision)
     played = {stage: _play(ranks[0], costs) for stage, ranks in run.records.items()}
     stages = [played[kind] for kind in run.like]
-    simulation = simulate(run.schedule, _durations(stages, plan), _transfers(stages, costs), chunks)
-    ends = [bars[-1].stop + stage.update_s for bars, stage in zip(simulation.bars, stages, strict=True)]
-    step_s = max(ends)
+    pipelined = _run_schedule(run, stages, costs)
+    step_s = max(end + stage.update_s for end, stage in zip(pipelined.ends, stages, strict=True))
     tokens = config.train.global_batch * plan.sequence_length
     return Result(
         title=title,
@@ -119,7 +120,7 @@ def price(run: RecordedRun, gpu: Gpu, interconnect: Interconnect, title: str = "
         tokens_per_step=tokens,
         steps=config.train.steps,
         step_s=step_s,
-        bubble=_idle_share(simulation, step_s),
+        bubble=pipelined.idle_share(step_s),
         model_flops_causal=model_flops_per_token(run.model, plan.sequence_length),
         model_flops_full=model_flops_per_token(run.model, plan.sequence_length, causal=False),
         hardware_flops=sum(_flops(stage, plan) for stage in stages) * run.world_size / plan.grid.pipeline / tokens,
@@ -128,7 +129,7 @@ def price(run: RecordedRun, gpu: Gpu, interconnect: Interconnect, title: str = "
         ),
         traffic=tuple(entry for number, stage in enumerate(stages) for entry in _traffic(number, stage, plan, costs)),
         timeline=tuple(
-            Bar(bar.stage, label(bar.action), bar.start, bar.stop) for bars in simulation.bars for bar in bars
+            Bar(bar.stage, label(bar.action), bar.start, bar.stop) for bars in pipelined.simulation.bars for bar in bars
         ),
         problems=tuple(mismatches(run.records, run.like)),
     )
@@ -188,7 +189,7 @@ def _play(record: RankRecord, costs: Costs) -> _Played:
     return _Played(record, timeline, peak, live_micro_batches(record.actions), dict(seconds), update_s)
 
 
-def _durations(stages: Sequence[_Played], plan: Plan) -> Callable[[int, Action], float]:
+def _durations(stages: Sequence[_Played], micro_batches: int) -> Callable[[int, Action], float]:
     """Seconds of any action: as recorded for the first and the last micro-batch, and the median of the others."""
 
     @functools.cache
@@ -197,7 +198,7 @@ def _durations(stages: Sequence[_Played], plan: Plan) -> Callable[[int, Action],
         return recorded[place] if place in (0, -1) else statistics.median(recorded[1:-1] or recorded)
 
     def duration(stage: int, action: Action) -> float:
-        place = {0: 0, plan.micro_batches - 1: -1}.get(action.micro_batch, 1)
+        place = {0: 0, micro_batches - 1: -1}.get(action.micro_batch, 1)
         return seconds(stage, LETTERS[type(action)], action.chunk, place)
 
     return duration
@@ -219,10 +220,42 @@ def _transfers(stages: Sequence[_Played], costs: Costs) -> Callable[[Channel], f
     return transfer
 
 
-def _idle_share(simulation: Simulation, step_s: float) -> float:
-    """The part of a step in which the mean stage waits for others."""
-    end = simulation.step_s
-    return statistics.mean(end - simulation.busy_s(stage) for stage in range(len(simulation.bars))) / step_s
+@dataclass(frozen=True)
+class _Pipelined:
+    """When each stage ends its last action, and for how long it works; and the simulation, which may be of fewer
+    micro-batches."""
+
+    ends: list[float]
+    busy: list[float]
+    simulation: Simulation
+
+    def idle_share(self, step_s: float) -> float:
+        """The part of a step in which the mean stage waits for others."""
+        return (max(self.ends) - statistics.mean(self.busy)) / step_s
+
+
+def _run_schedule(run: RecordedRun, stages: Sequence[_Played], costs: Costs) -> _Pipelined:
+    """The schedule on the hardware. Of a very long one two beginnings are simulated: once the pipeline is full, each
+    round of it adds the same."""
+    config, micro_batches = run.config.parallel, run.plan.micro_batches
+    count, chunks = len(stages), config.chunks
+
+    def simulated(number: int) -> _Pipelined:
+        schedule = make_schedule(config.schedule, count, number, chunks)
+        simulation = simulate(schedule, _durations(stages, number), _transfers(stages, costs), chunks)
+        busy = [simulation.busy_s(stage) for stage in range(count)]
+        return _Pipelined([bars[-1].stop for bars in simulation.bars], busy, simulation)
+
+    short = _FULL_ROUNDS * count
+    if micro_batches <= short + count or micro_batches * chunks * count <= _MOST_ACTIONS:
+        return simulated(micro_batches)
+    first, second = simulated(short), simulated(short + count)
+    rounds = (micro_batches - short) / count
+    longer = [
+        [begin + rounds * (later - begin) for begin, later in zip(*pair, strict=True)]
+        for pair in ((first.ends, second.ends), (first.busy, second.busy))
+    ]
+    return _Pipelined(longer[0], longer[1], first.simulation)
 
 
 def _stage_result(

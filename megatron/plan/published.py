@@ -3,7 +3,7 @@
 SC'21: Narayanan et al., arXiv 2104.04473, Table 1, with micro-batches and layers per chunk from the run scripts;
 H100: the table of Megatron-LM's README (core 0.8), which states neither micro-batch nor chunks: as many chunks as there
 are layers of a stage up to 8, and micro-batches of 1 (4 without a pipeline, where each data rank has 4 samples).
-Meditron: arXiv 2311.16079, section 4.1. Llama-2-13B: torchtitan's docs/performance.md.
+Meditron: arXiv 2311.16079, section 4.1, whose nodes have one adapter of unstated rate: 100 Gb/s is assumed. Llama-2-13B: torchtitan's docs/performance.md.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def llama() -> list[Row]:
         512 * 4096 / 40_200,
         128,
         "a100-80gb",
-        "a100-1x200g",
+        "a100-1x100g",
         llama2_70b,
         {"tensor": 8, "pipeline": 8, "zero": 0},
         {"global_batch": 512, "micro_batch": 2, "recompute": "selective"},

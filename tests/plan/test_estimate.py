@@ -11,7 +11,7 @@ from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
 from megatron.model.flops import model_flops_per_token
 from megatron.plan import estimate as module
-from megatron.plan.estimate import estimate
+from megatron.plan.estimate import estimate, price, record
 from megatron.plan.hardware import load_gpu, load_interconnect
 from megatron.plan.result import Result
 from megatron.utils.errors import ConfigError
@@ -95,3 +95,17 @@ def test_a_rank_that_sends_something_else_is_noticed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(clip, "all_reduce", twice)
     (problem,) = plan(config(pipeline=2), 2).problems
     assert "stages 0 and 1 differ on axis model" in problem
+
+
+@pytest.mark.parametrize(
+    "parallel", [{}, {"schedule": "interleaved", "chunks": 2}, {"schedule": "zero_bubble"}], ids=str
+)
+def test_a_long_schedule_is_its_beginning_drawn_out(parallel: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = record(config(global_batch=48, pipeline=4, **parallel), LAYERS, 4)
+    hardware = load_gpu("a100-80gb"), load_interconnect("dgx-a100")
+    whole = price(run, *hardware)
+    monkeypatch.setattr(module, "_MOST_ACTIONS", 0)
+    short = price(run, *hardware)
+    assert len(short.timeline) < len(whole.timeline)
+    assert short.step_s == pytest.approx(whole.step_s, rel=1e-3)
+    assert short.bubble == pytest.approx(whole.bubble, rel=1e-2)

@@ -109,8 +109,8 @@ def _rotary(
 
 
 def within_documents(random: Callable[..., torch.Tensor], size: int, device: torch.device) -> Iterator[Operation]:
-    """Attention within documents by the library that torch brings (no kernel of ours is behind it): causal, and as a ring
-    meets the keys of another rank, of which the early queries see some and the late ones none."""
+    """Attention within documents by the library that torch brings (no kernel of ours is behind it): causal, and as a
+    ring meets the keys of another rank, of which the early queries see some and the late ones none."""
     b, heads, kv, d, s = 2, 4, 2, 64, size
     query, key, value, grad = (
         random(b, count, s, d, seed=seed) for count, seed in ((heads, 1), (kv, 2), (kv, 3), (heads, 4))

@@ -16,6 +16,8 @@ WORLD_SIZES = {
     "meditron-7b": (64,),
     "meditron-70b": (128,),
     "tiny": (1, 2, 4),
+    "gpt2": (1, 8, 64),
+    "gpt3-175b": (64, 1536),
 }
 
 PARAMETERS = {
@@ -25,6 +27,19 @@ PARAMETERS = {
     "meditron-7b": 6_738_415_616 + 2 * 17 * 4096,
     "meditron-70b": 68_976_648_192 + 2 * 17 * 8192,
 }
+
+
+GPT_PARAMETERS = {"gpt2": 124_439_808, "gpt3-175b": 174_604_259_328}
+
+
+def gpt_parameters(model: ModelSettings) -> int:
+    """The number of weights of a GPT of this shape, counted by hand."""
+    assert model.model_type == "gpt2" and model.tie_word_embeddings is True
+    assert model.vocab_size and model.hidden_size and model.num_hidden_layers and model.max_position_embeddings
+    assert model.intermediate_size == 4 * model.hidden_size
+    hidden = model.hidden_size
+    block = 12 * hidden**2 + (3 + 1 + 4 + 1) * hidden + 2 * 2 * hidden  # matrices, biases, two norms
+    return (model.vocab_size + model.max_position_embeddings) * hidden + model.num_hidden_layers * block + 2 * hidden
 
 
 def parameters(model: ModelSettings) -> int:
@@ -51,6 +66,24 @@ def test_a_preset_fits_its_grids(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_a_preset_has_the_published_size(name: str) -> None:
     assert parameters(load_config(name).model) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", sorted(GPT_PARAMETERS))
+def test_a_gpt_preset_has_the_published_size(name: str) -> None:
+    assert gpt_parameters(load_config(name).model) == GPT_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", sorted(GPT_PARAMETERS))
+def test_gpt_presets_read_the_published_numbers_of_tokens(name: str) -> None:
+    config = load_config(name)
+    assert config.data.sequence_length is not None and config.optimizer.decay_steps is not None
+    tokens = config.train.global_batch * config.data.sequence_length
+    for steps, published in (
+        (config.optimizer.warmup_steps, 375e6),
+        (config.optimizer.decay_steps, 260e9),
+        (config.train.steps, 300e9),
+    ):
+        assert abs(steps * tokens - published) <= tokens
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("meditron-7b", 3_276_800), ("meditron-70b", 2_097_152)])

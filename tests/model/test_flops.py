@@ -39,3 +39,27 @@ def test_products_are_those_that_run(key_value_heads: int) -> None:
     counts = counter.get_flop_counts()["Global"]
     products = sum(count for operation, count in counts.items() if "attention" not in str(operation))
     assert products == 2 * 16 * model_flops_per_token(config, 0)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+def test_products_of_a_gpt_are_those_that_run(model_type: str) -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+    config = ModelConfig.from_settings({"model_type": model_type, **sizes, "num_attention_heads": 6})
+    model = Transformer(config, single_rank())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tokens = torch.randint(0, 128, (2, 16))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, labels=tokens).backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for operation, count in counts.items() if "attention" not in str(operation))
+    assert products == 2 * 16 * model_flops_per_token(config, 0)
+
+
+def test_a_gpt_costs_what_the_formula_of_sc21_says() -> None:
+    """Narayanan et al., section 5.1, without their recomputation: 72 B s L h² (1 + s/6h + V/12hL)."""
+    layers, hidden, heads, vocabulary, length = 80, 12288, 96, 51200, 2048
+    sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    config = ModelConfig.from_settings({"model_type": "gpt2", **sizes})
+    formula = 72 * layers * hidden**2 * (1 + length / (6 * hidden) + vocabulary / (12 * hidden * layers))
+    assert model_flops_per_token(config, length, causal=False) == pytest.approx(formula, rel=1e-12)

@@ -61,6 +61,17 @@ def test_every_grid_starts_alike(grid: Grid, tied: bool) -> None:
         assert torch.equal(tensor, together[name]), name
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize("grid", [Grid(tensor=2), Grid(tensor=2, pipeline=2)], ids=str)
+def test_every_grid_starts_gpt_alike(grid: Grid, model_type: str) -> None:
+    sizes = {"vocab_size": 147, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 3}
+    config = ModelConfig.from_settings({"model_type": model_type, **sizes, "num_attention_heads": 4})
+    alone, together = weights(Grid(), config), weights(grid, config)
+    assert alone.keys() == together.keys()
+    for name, tensor in alone.items():
+        assert torch.equal(tensor, together[name]), name
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_any_region_is_the_slice_of_the_whole(data: st.DataObject) -> None:

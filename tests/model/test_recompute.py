@@ -17,10 +17,25 @@ from megatron.parallel.mesh import single_rank
 MODEL = ModelConfig(96, 64, 176, 3, 4, 2, 16, initializer_range=0.2)
 
 
-def run(recompute: Recompute, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+GPT = ModelConfig.from_settings(
+    {
+        "model_type": "gpt2",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
+)
+
+
+def run(
+    recompute: Recompute, dtype: torch.dtype, config: ModelConfig = MODEL
+) -> tuple[torch.Tensor, list[torch.Tensor], int]:
     """(loss, every gradient, bytes that a forward pass leaves allocated)."""
-    model = Transformer(MODEL, single_rank(), dtype, recompute=recompute)
-    initialize(model, MODEL, 3)
+    model = Transformer(config, single_rank(), dtype, recompute=recompute)
+    initialize(model, config, 3)
     tokens = torch.randint(0, 96, (2, 129), generator=torch.Generator().manual_seed(0))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = model(tokens[:, :-1], labels=tokens[:, 1:])
@@ -31,9 +46,12 @@ def run(recompute: Recompute, dtype: torch.dtype) -> tuple[torch.Tensor, list[to
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("recompute", "at_most"), [("selective", 0.75), ("full", 0.2)])
-def test_gradients_are_the_same_bits_and_less_is_kept(dtype: torch.dtype, recompute: Recompute, at_most: float) -> None:
-    loss, gradients, kept = run("none", dtype)
-    again, gradients_again, kept_again = run(recompute, dtype)
+@pytest.mark.parametrize("config", [MODEL, GPT], ids=["llama", "gpt2"])
+def test_gradients_are_the_same_bits_and_less_is_kept(
+    config: ModelConfig, dtype: torch.dtype, recompute: Recompute, at_most: float
+) -> None:
+    loss, gradients, kept = run("none", dtype, config)
+    again, gradients_again, kept_again = run(recompute, dtype, config)
     assert torch.equal(loss, again)
     for one, other in zip(gradients, gradients_again, strict=True):
         assert one.abs().max() > 0 and torch.equal(one, other)

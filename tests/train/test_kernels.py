@@ -13,7 +13,9 @@ from megatron.config.load import load_config
 from megatron.config.optimizer import OptimizerConfig
 from megatron.kernels import native
 from megatron.kernels.attention import causal_attention
+from megatron.kernels.eager_attention import eager_causal_attention
 from megatron.kernels.vendor.select import VendorKernels
+from megatron.model.attention import Attention
 from megatron.model.initialize import initialize
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import single_rank
@@ -65,6 +67,19 @@ def test_a_library_for_gpus_is_refused_on_the_cpu(world: World) -> None:
         choose_kernels(KernelsConfig(flash_attention=True), MODEL, 1, world)
 
 
+def test_eager_attention_is_chosen_once_and_said(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "megatron")
+    vendor = choose_kernels(KernelsConfig(attention="eager"), MODEL, 1, world)
+    assert "eager attention" in caplog.records[-1].getMessage()
+    fused, eager = make_step(), make_step()
+    install(vendor, eager.model)
+    attentions = [module for module in eager.model.modules() if isinstance(module, Attention)]
+    assert len(attentions) == MODEL.num_hidden_layers
+    assert all(module.attend is eager_causal_attention for module in attentions)
+    outcomes = [step(random_batch(2, seed=1), 1) for step in (fused, eager)]
+    torch.testing.assert_close(outcomes[0].loss, outcomes[1].loss, rtol=1e-2, atol=0)
+
+
 def make_step() -> TrainingStep:
     model = Transformer(MODEL, single_rank(), torch.bfloat16)
     initialize(model, MODEL, 3)
@@ -100,6 +115,11 @@ def test_contributions_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "hint", "cure"),
     [
+        (
+            ["--kernels.attention=eager", "--kernels.flash_attention=true", "--train.precision=bf16"],
+            "kernels.attention=eager with kernels.flash_attention=true",
+            ["--kernels.attention=auto"],
+        ),
         (["--kernels.fp8=true"], "kernels.fp8=true is refused: FP8 products", ["--kernels.fp8=false"]),
         (
             ["--kernels.apex=true", "--train.precision=fp32"],

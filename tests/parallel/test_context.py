@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron.kernels.runs import Documents
+from megatron.parallel import context as module
 from megatron.parallel.context import causal_runs, held_before, local_part, local_positions, runs_into
-from megatron.parallel.mesh import Axis
+from megatron.parallel.mesh import Axis, Grid, describe
 
 CPU = torch.device("cpu")
 
@@ -59,3 +62,47 @@ def test_every_pair_of_query_and_key_is_met_once(size: int) -> None:
                 met[query, theirs[start:stop]] += 1
     place = torch.arange(length)
     assert torch.equal(met, ((place >= starts.t()) & (place <= place[:, None])).long())
+
+
+class Noting:
+    """A communicator that sends nothing: it notes when an operation starts and when somebody waits for it."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def send(self, tensor: torch.Tensor, peer: int) -> Noted:
+        self.notes.append("send")
+        return Noted(self.notes, "sent")
+
+    def receive(self, tensor: torch.Tensor, peer: int) -> Noted:
+        self.notes.append("receive")
+        tensor.zero_()
+        return Noted(self.notes, "received")
+
+
+class Noted:
+    def __init__(self, notes: list[str], what: str) -> None:
+        self.notes, self.what = notes, what
+
+    def wait(self) -> None:
+        self.notes.append(self.what)
+
+
+def test_blocks_travel_behind_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks: the next block is asked for before attention to the present one, and waited for behind it."""
+    notes: list[str] = []
+    context = describe(Grid(context=3), 1)
+    axes = {name: replace(context.axis(name), communicator=Noting(notes)) for name in ("ring_even", "ring_odd")}
+    for name in ("run_attention", "run_attention_backward"):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *words, call=original: (notes.append("attend"), call(*words))[1])
+    query, key, value = (torch.randn(1, 1, 4, 2).requires_grad_() for _ in range(3))
+    runs = causal_runs(1, 4, None, context.cp, CPU)
+    mixed = module.context_attention(query, key, value, runs, replace(context, **axes))
+    passing, arrived = ["send", "receive"], ["received", "sent"]
+    assert notes == [*passing, "attend", *arrived, *passing, "attend", *arrived, "attend"]
+    notes.clear()
+    mixed.sum().backward()
+    # Gradients of a block follow it, a step behind, behind the computation on the next one; the last go home.
+    middle = [*passing, "attend", *arrived]
+    assert notes == [*passing, "attend", *arrived, *middle, *passing, "attend", *arrived, *passing, *arrived]

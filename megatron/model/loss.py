@@ -22,7 +22,7 @@ from megatron.parallel.weight_gradient import sink_of
 IGNORED = -1
 
 # Enough rows for products at full speed, little memory beside the activations of the layers.
-_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+_CHUNK_BYTES, _CHUNK_BYTES_ON_CPU = 2**28, 2**25
 _FEWEST_ROWS = 64
 
 
@@ -111,5 +111,6 @@ def _losses(
 def _chunks(rows: int, weight: torch.Tensor) -> list[slice]:
     """Runs of rows whose logits fit in the memory that is set aside for them."""
     row_bytes = weight.shape[0] * weight.element_size()
-    size = max(_FEWEST_ROWS, _CHUNK_BYTES.get(weight.device.type, 2**25) // row_bytes)
+    chunk_bytes = _CHUNK_BYTES_ON_CPU if weight.device.type == "cpu" else _CHUNK_BYTES
+    size = max(_FEWEST_ROWS, chunk_bytes // row_bytes)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -101,7 +101,7 @@ def record(config: RunConfig, model: ModelConfig, world_size: int, *, both_ends:
 
 def price(run: RecordedRun, gpu: Gpu, interconnect: Interconnect, title: str = "model") -> Result:
     """Put a recorded run on hardware."""
-    config, plan, chunks = run.config, run.plan, run.config.parallel.chunks
+    config, plan = run.config, run.plan
     costs = Costs(gpu, interconnect, config.train.precision)
     played = {stage: _play(ranks[0], costs) for stage, ranks in run.records.items()}
     stages = [played[kind] for kind in run.like]

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatron.plan.rank import RankRecord
 
-# Axes whose groups run over several stages; a group of another axis lies within one.
-_ACROSS_STAGES = ("model", "loss", "embed", "world")
-
 Step = tuple[str, int]
 
 
@@ -19,26 +16,12 @@ def mismatches(records: Mapping[int, Sequence[RankRecord]], like: Sequence[int])
     """
     for stage, ranks in records.items():
         for other in ranks[1:]:
-            yield from _compare(f"tensor ranks of stage {stage}", _collectives(ranks[0]), _collectives(other))
+            yield from _compare(f"tensor ranks of stage {stage}", ranks[0], other)
     kinds = list(records)
     for stage in kinds[1:]:
-        first, other = records[kinds[0]][0], records[stage][0]
-        yield from _compare(
-            f"stages {kinds[0]} and {stage}",
-            {axis: steps for axis, steps in _collectives(first).items() if axis in _shared(first, other)},
-            {axis: steps for axis, steps in _collectives(other).items() if axis in _shared(first, other)},
-        )
+        yield from _compare(f"stages {kinds[0]} and {stage}", records[kinds[0]][0], records[stage][0])
     for stage in range(len(like) - 1):
         yield from _compare_neighbours(stage, records[like[stage]][0], records[like[stage + 1]][0])
-
-
-def _shared(first: RankRecord, other: RankRecord) -> set[str]:
-    """The axes over which both ranks are in one group."""
-    return {
-        name
-        for name in _ACROSS_STAGES
-        if first.context.axis(name).ranks == other.context.axis(name).ranks and first.context.axis(name).size > 1
-    }
 
 
 def _collectives(record: RankRecord) -> dict[str, list[Step]]:
@@ -50,13 +33,17 @@ def _collectives(record: RankRecord) -> dict[str, list[Step]]:
     return steps
 
 
-def _compare(who: str, first: Mapping[str, list[Step]], second: Mapping[str, list[Step]]) -> Iterator[str]:
-    for axis in sorted(first.keys() | second.keys()):
-        ours, theirs = first.get(axis, []), second.get(axis, [])
-        if ours != theirs:
-            at = next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
-            at = min(len(ours), len(theirs)) if at is None else at
-            yield f"{who} differ on axis {axis} from message {at} on: {_words(ours, at)} and {_words(theirs, at)}"
+def _compare(who: str, first: RankRecord, second: RankRecord) -> Iterator[str]:
+    """Two ranks, on the axes of which they are in one group."""
+    ours, theirs = _collectives(first), _collectives(second)
+    for axis in first.context.axes():
+        if axis.size == 1 or axis.ranks != second.context.axis(axis.name).ranks:
+            continue
+        one, two = ours.get(axis.name, []), theirs.get(axis.name, [])
+        if one != two:
+            pairs = enumerate(zip(one, two, strict=False))
+            at = next((number for number, (left, right) in pairs if left != right), min(len(one), len(two)))
+            yield f"{who} differ on axis {axis.name} from message {at} on: {_words(one, at)} and {_words(two, at)}"
 
 
 def _compare_neighbours(stage: int, upper: RankRecord, lower: RankRecord) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Published training runs, to which the hardware figures are fitted: what was measured, and what plans them.
 
-SC'21: Narayanan et al., arXiv 2104.04473, Table 1, with micro-batches and layers per chunk from the run scripts;
-H100: the table of Megatron-LM's README (core 0.8), which states neither micro-batch nor chunks: as many chunks as there
-are layers of a stage up to 8, and micro-batches of 1 (4 without a pipeline, where each data rank has 4 samples).
-Meditron: arXiv 2311.16079, section 4.1, whose nodes have one adapter of unstated rate: 100 Gb/s is assumed. Llama-2-13B: torchtitan's docs/performance.md.
+SC'21: Narayanan et al., arXiv 2104.04473, Table 1, with micro-batches and layers per chunk from the run scripts. H100:
+the table of Megatron-LM's README (core 0.8), which states neither micro-batch nor chunks: as many chunks as there are
+layers of a stage up to 8, and micro-batches of 1 (2 without a pipeline, where each data rank has 4 samples). Meditron:
+arXiv 2311.16079, section 4.1, whose nodes have one adapter of unstated rate: 100 Gb/s is assumed. Llama-2-13B:
+torchtitan's docs/performance.md, planned with ZeRO-1 in place of full sharding.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def torch_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
 
 @pytest.fixture(params=[2**30, 64 * 64 * 8], ids=["one chunk", "three chunks"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", {"cpu": request.param})
+    monkeypatch.setattr(loss, "_CHUNK_BYTES_ON_CPU", request.param)
 
 
 @pytest.mark.usefixtures("chunks")

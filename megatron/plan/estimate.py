@@ -324,6 +324,7 @@ def _layout(config: RunConfig, plan: Plan) -> dict[str, object]:
     schedule = config.parallel.schedule + (f" x {config.parallel.chunks} chunks" if config.parallel.chunks > 1 else "")
     return {
         "tensor": grid.tensor,
+        **({"context": grid.context} if grid.context > 1 else {}),
         "data": grid.data,
         "pipeline": grid.pipeline,
         **({"schedule": schedule} if grid.pipeline > 1 else {}),

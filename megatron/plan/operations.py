@@ -69,12 +69,12 @@ def _product(name: str, args: Any) -> tuple[int, int, int, int] | None:
 
 
 def _causal_products(count: float) -> Callable[..., float]:
-    """FLOPs of `count` products of an attention whose queries see half of the keys where these are as many."""
+    """FLOPs of `count` products of an attention whose queries see half of the keys: causal, and so is the mean over the
+    parts of a sequence that is split over ranks in a balanced way. Documents, which see less, are not counted off."""
 
     def flops(query: torch.Tensor, key: torch.Tensor, *_: Any) -> float:
         batch, heads, queries, d = query.shape
-        share = 0.5 if queries == key.shape[2] else 1.0
-        return count * 2.0 * batch * heads * queries * key.shape[2] * d * share
+        return count * batch * heads * queries * key.shape[2] * d
 
     return flops
 

@@ -17,16 +17,17 @@ from setuptools.command.build_ext import build_ext
 CPU = Extension(
     "megatron.kernels._cpu",
     sources=[f"csrc/cpu/{name}.cpp" for name in ("baseline", "avx2", "avx512", "dispatch")],
-    depends=[*map(str, Path("csrc").rglob("*.h")), "csrc/cpu/kernels.inc"],
+    depends=[*map(str, Path("csrc").rglob("*.h")), *map(str, Path("csrc").rglob("*.inc"))],
     # OpenMP is compiled for but not linked: at run time its functions are those that torch has loaded.
     extra_compile_args=[
         "-std=c++17",
         "-O3",
         "-g0",
         "-fopenmp",
-        "-ffp-contract=off",  # the forward pass rounds as torch does, operation by operation
+        "-ffp-contract=off",  # every operation rounds as written; what is fused says so
         "-fno-math-errno",
         "-fno-trapping-math",
+        "-fno-thread-jumps",  # GCC would give each outcome of a clamp a path of its own, and blend them all in vectors
         "-fvisibility=hidden",
     ],
     optional=True,

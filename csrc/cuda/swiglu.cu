@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const auto result = swiglu_gradient(widen(grads.values[i]), widen(gates.values[i]), widen(ups.values[i]));
-    to_gate.values[i] = narrow<T>(result.gate);
-    to_up.values[i] = narrow<T>(result.up);
+    to_gate.values[i] = narrow<T>(result.first);
+    to_up.values[i] = narrow<T>(result.second);
   }
   store(grad_gate_up + in_joined, to_gate);
   store(grad_gate_up + in_joined + f, to_up);

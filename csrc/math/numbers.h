@@ -37,6 +37,16 @@ MEGATRON_INLINE uint32_t as_bits(float value) {
 #endif
 }
 
+template <typename N>
+MEGATRON_INLINE N smaller(N left, N right) {
+  return left < right ? left : right;
+}
+
+template <typename N>
+struct Pair {
+  N first, second;
+};
+
 // In which type arithmetic on T is done.
 template <typename T>
 struct Wide {
@@ -53,7 +63,15 @@ MEGATRON_INLINE float widen(float value) { return value; }
 MEGATRON_INLINE double widen(double value) { return value; }
 MEGATRON_INLINE float widen(bfloat16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
 
-// To the nearest T, ties to even; a NaN stays one.
+// The float rounded to 16 bits, in the upper half of the result (ties to even); what is in the lower half means nothing.
+MEGATRON_INLINE uint32_t rounded_to_upper_half(float value) {
+  // A NaN with many bits set would overflow into another number: it becomes the usual one of its sign.
+  const uint32_t negative = smaller(as_bits(value), 0xFFC00000u);
+  const uint32_t bits = static_cast<uint32_t>(smaller(static_cast<int32_t>(negative), 0x7FC00000));
+  return bits + 0x7FFFu + ((bits >> 16) & 1u);
+}
+
+// To the nearest T, ties to even; a NaN stays one (a quiet one, as all are that arithmetic makes).
 template <typename T>
 MEGATRON_INLINE T narrow(wide_t<T> value) {
   return value;
@@ -65,10 +83,7 @@ MEGATRON_INLINE bfloat16 narrow<bfloat16>(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
   return bfloat16{rounded};
 #else
-  const uint32_t bits = as_bits(value);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-  return bfloat16{static_cast<uint16_t>(is_nan ? 0x7FC0u : rounded)};
+  return bfloat16{static_cast<uint16_t>(rounded_to_upper_half(value) >> 16)};
 #endif
 }
 

@@ -6,11 +6,6 @@
 namespace megatron {
 
 template <typename W>
-struct Pair {
-  W first, second;
-};
-
-template <typename W>
 MEGATRON_INLINE Pair<W> turn(W first, W second, W cos, W sin) {
   return {first * cos - second * sin, second * cos + first * sin};
 }

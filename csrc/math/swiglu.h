@@ -15,13 +15,9 @@ MEGATRON_INLINE W swiglu(W gate, W up) {
   return gate / (W(1) + exponential(-gate)) * up;
 }
 
+// The gradients of gate and up.
 template <typename W>
-struct SwigluGradient {
-  W gate, up;
-};
-
-template <typename W>
-MEGATRON_INLINE SwigluGradient<W> swiglu_gradient(W grad, W gate, W up) {
+MEGATRON_INLINE Pair<W> swiglu_gradient(W grad, W gate, W up) {
   const W share = sigmoid(gate), silu = gate * share;
   // d silu / d gate = share + silu (1 - share)
   return {grad * up * (share + silu * (W(1) - share)), grad * silu};

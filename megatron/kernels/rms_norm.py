@@ -9,11 +9,13 @@ import torch
 from megatron.kernels.native import Kernel
 from megatron.kernels.numerics import statistics_dtype
 from megatron.kernels.operation import define, define_backward
+from megatron.utils.device import multiprocessors
 
 _FORWARD, _ADD_FORWARD = Kernel("rms_norm", "ppppiid"), Kernel("add_rms_norm", "ppppppiid")
 _BACKWARD = Kernel("rms_norm_backward", "pppppppiii")
-# Rows are summed into this many parts of the weight's gradient: enough for all cores; on a GPU for all its processors.
-_PARTS = {"cpu": 16, "cuda": 256}
+# On a CPU a part of the weight's gradient sums at most so many rows one after the other, and there are enough parts for
+# all cores; parts are then summed in pairs, which rounds less. On a GPU there are so many for each multiprocessor.
+_ROWS_OF_A_PART, _FEWEST_PARTS, _PARTS_OF_A_MULTIPROCESSOR = 16, 16, 2
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -90,11 +92,19 @@ def _native_backward(
     grad_normed, hidden = grad_normed.contiguous(), hidden.contiguous()
     grad_sum = None if grad_sum is None else grad_sum.contiguous()
     rows, columns = rstd.numel(), hidden.shape[-1]
-    parts = max(1, min(rows, _PARTS.get(hidden.device.type, 1)))
+    parts = _parts(rows, hidden.device)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = rstd.new_empty((parts, columns))
     arguments = (grad_normed, grad_sum, hidden, weight, rstd, grad_hidden, grad_weight, parts, rows, columns)
     return (grad_hidden, grad_weight.sum(dim=0).to(weight.dtype)) if _BACKWARD(hidden, *arguments) else None
+
+
+def _parts(rows: int, device: torch.device) -> int:
+    """Into how many parts the rows are divided, whose shares of the weight's gradient are summed at the end."""
+    wanted = max(_FEWEST_PARTS, -(-rows // _ROWS_OF_A_PART))
+    if device.type == "cuda":
+        wanted = _PARTS_OF_A_MULTIPROCESSOR * multiprocessors(device)
+    return max(1, min(rows, wanted))
 
 
 def _fake(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

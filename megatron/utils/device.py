@@ -66,6 +66,12 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks of threads a GPU runs side by side."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @contextmanager
 def explain_out_of_memory(device: torch.device, rank: int, cure: str) -> Iterator[None]:
     """Turn running out of memory, on a GPU or the host, into one ResourceError with the figures and the cure."""

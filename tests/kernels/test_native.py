@@ -141,6 +141,72 @@ def test_cross_entropy_tells_what_is_not_finite(instruction_set: str, value: flo
     assert torch.isfinite(statistics[1, 0]) and not torch.isfinite(statistics[1, 1])
 
 
+def test_a_row_may_begin_with_many_impossible_tokens(instruction_set: str) -> None:
+    """Blocks in which nothing is possible come before the row's maximum is known."""
+    logits = torch.full((2, 2000), -torch.inf)
+    logits[0, 1500:] = random(500, dtype=torch.float32)
+    logits[1, :3] = torch.tensor([-1e30, 2.0, -200.0])
+    statistics = cross_entropy._native_statistics(logits, torch.tensor([1600, 1]), 2000)
+    assert statistics is not None
+    log_sum_exp = statistics[0] + statistics[1].log()
+    torch.testing.assert_close(log_sum_exp.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=0.0)
+    assert cross_entropy._native_gradient(logits, torch.tensor([1600, 1]), log_sum_exp, torch.ones(2), 2000)
+    assert (logits[0, :1500] == 0).all() and (logits[1, 3:] == 0).all() and logits[1, 2] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_exponential_is_exact_to_its_limits(instruction_set: str, dtype: torch.dtype) -> None:
+    """By way of a gradient whose log-sum-exp is 0 and whose target is elsewhere: exp of every logit."""
+    logits = torch.linspace(-100.0, 90.0, 200_001).to(dtype).unsqueeze(0)
+    found = logits.clone()
+    assert cross_entropy._native_gradient(found, torch.tensor([-1]), torch.zeros(1), torch.ones(1), found.shape[1])
+    exact = logits.double().exp()
+    inside = (exact > 1e-38) & (exact < 2.3e38)
+    allowed = (0.5 if dtype is torch.bfloat16 else 1.0) * 1.01 * torch.finfo(dtype).eps
+    assert ((found.double() / exact - 1).abs()[inside] <= allowed).all()
+    assert (found[exact < 5e-39] == 0).all() and (found[exact > 3.5e38] == torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("odd", [0, 1])
+def test_large_results_are_those_of_their_rows(instruction_set: str, dtype: torch.dtype, odd: int) -> None:
+    """Results of 16 MiB and more are stored past the caches; an odd width puts most rows beside the vectors."""
+    rows, columns = 4, (1 << 23) // dtype.itemsize + odd
+    hidden = random(rows, 64, dtype=dtype).repeat(1, columns // 64 + 1)[:, :columns].contiguous()
+    weight = random(64, dtype=dtype).repeat(columns // 64 + 1)[:columns].contiguous()
+    whole = rms_norm._native(hidden, weight, 1e-5)
+    assert whole is not None
+    grad = hidden.roll(1, dims=1)
+    back = rms_norm._native_backward(grad, None, hidden, weight, whole[1])
+    assert back is not None
+    for row in range(rows):
+        alone = rms_norm._native(hidden[row : row + 1], weight, 1e-5)
+        assert alone is not None and torch.equal(alone[0][0], whole[0][row])
+        alone = rms_norm._native_backward(
+            grad[row : row + 1], None, hidden[row : row + 1], weight, whole[1][row : row + 1]
+        )
+        assert alone is not None and torch.equal(alone[0][0], back[0][row])
+
+
+def test_large_heads_are_those_of_their_positions(instruction_set: str) -> None:
+    tables = rotary.rotary_tables(2050, 64, 1e4, torch.float32, torch.device("cpu"))
+    qkv = random(2050, 1, 48 * 64, dtype=torch.float32)
+    found = rotary._native(qkv, *tables, 40, 4)
+    expected = rotary.rotary_split_reference(qkv, *tables, 40, 4)
+    assert found is not None and all(map(torch.equal, found, expected))
+    joined = rotary._native_join(*found, *tables)
+    assert joined is not None and torch.equal(joined, rotary.rotary_join_reference(*expected, *tables))
+
+
+def test_a_nan_stays_one_in_bfloat16(instruction_set: str) -> None:
+    """Also one with all bits set, which is what GPUs make: rounding it would give zero."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001] * 10, dtype=torch.int32)
+    masters, zeros = bits.view(torch.float32).clone(), torch.zeros(4, 40)
+    weights, one = torch.zeros(40, dtype=torch.bfloat16), torch.ones(())
+    assert adamw._native(masters, *zeros[:3], weights, one, 0 * one, one, 1e-2, 0.9, 0.95, 1e-8, 0.1)
+    assert weights.isnan().all()
+
+
 @pytest.mark.parametrize("count", [1, 63, 4096, 50_001])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_adamw(instruction_set: str, count: int, rounded: bool) -> None:

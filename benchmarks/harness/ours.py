@@ -55,4 +55,5 @@ def _context(contestant: Contestant, workload: Workload, world: World) -> Parall
         world.launch.rank,
         sequence=contestant.tensor > 1,
         num_key_value_heads=workload.model.num_key_value_heads,
+        shard=contestant.data,
     )

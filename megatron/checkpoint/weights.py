@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from megatron.checkpoint.source import Source
 from megatron.parallel.layers import ShardedParameter
+from megatron.parallel.layout import Region
 
 
 def load_weights(model: torch.nn.Module, source: Source) -> None:
@@ -13,11 +16,21 @@ def load_weights(model: torch.nn.Module, source: Source) -> None:
 
     Padding rows become zero. Raises CheckpointError where a weight is missing or damaged.
     """
-    masters = source.shapes("master")
+    read = weight_reader(source, next(model.parameters()).dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, ShardedParameter), name
             parameter.zero_()
             for region, view in parameter.spec.regions(parameter):
-                precise = region.name in masters and parameter.dtype != torch.bfloat16
-                source.read(region, view, "master" if precise else "weights")
+                read(region, view)
+
+
+def weight_reader(source: Source, dtype: torch.dtype) -> Callable[[Region, torch.Tensor], None]:
+    """A function that fills a tensor, which holds a region of a model in `dtype`, as `load_weights` would."""
+    masters = source.shapes("master")
+
+    def read(region: Region, out: torch.Tensor) -> None:
+        precise = region.name in masters and dtype != torch.bfloat16
+        source.read(region, out, "master" if precise else "weights")
+
+    return read

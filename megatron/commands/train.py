@@ -9,7 +9,8 @@ TAKES_OVERRIDES = True
 
 _CURE = (
     "Make train.micro_batch or data.sequence_length smaller, or spread the model over more devices with "
-    "parallel.tensor, parallel.pipeline or, for the optimizer state, more data ranks with parallel.zero 1."
+    "parallel.tensor, parallel.pipeline or, for the optimizer state, more data ranks with parallel.zero 1, for weights "
+    "and gradients too with parallel.zero 3; train.recompute keeps fewer activations."
 )
 
 

@@ -54,9 +54,16 @@ class ParallelConfig:
     )
     zero: int | None = key(
         None,
-        "0: optimizer state on every data rank; 1 (ZeRO-1): divided among the data ranks (and those of the context). "
+        "0: optimizer state on every data rank; 1 (ZeRO-1): divided among the data ranks (and those of the context); "
+        "3 (full sharding): weights and gradients too, which are gathered for one layer at a time. "
         "null: 1 when data x context is above 1.",
         minimum=0,
-        maximum=1,
+        maximum=3,
+    )
+    zero_within: int | None = key(
+        None,
+        "Divide only among this many neighbouring data x context ranks, such as those of one machine, and keep copies "
+        "on the others: less traffic between machines for more memory. null: among all.",
+        minimum=1,
     )
     timeout_s: int = key(1800, "Seconds after which a collective operation that does not end is an error.", minimum=1)

@@ -26,6 +26,9 @@ class TrainConfig:
         "What the backward pass computes again to save memory: `selective`: norms and the SwiGLU product, almost for "
         "free; `full`: whole layers, for about a third more time. The gradients are the same to the bit.",
     )
+    recompute_layers: int | None = key(
+        None, "How many layers of each pipeline stage `recompute` is for, the first ones. null: all.", minimum=1
+    )
     gc_interval: int | None = key(
         100,
         "Steps between runs of Python's garbage collector, at the same steps on all ranks, so that none holds up the "

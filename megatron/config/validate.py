@@ -54,6 +54,8 @@ def static_problems(config: RunConfig, model: Mapping[str, Any] | None = None) -
     yield from _schedule_problems(config)
     yield from _output_problems(config)
     yield from _kernel_problems(config)
+    yield from _zero_problems(config)
+    yield from _recompute_problems(config, fields)
     yield from _shape_problems(fields)
     yield from _division_problems(config, fields)
     yield from _sequence_problems(config, fields)
@@ -167,6 +169,37 @@ def _run_attention_problems(config: RunConfig) -> Iterator[Problem]:
                 f"{other}={wrong} with {key}={value}: it knows the plain causal mask alone; use {other}={right} (on a "
                 "GPU in bf16 that is the flash attention which torch brings)",
             )
+
+
+def _zero_problems(config: RunConfig) -> Iterator[Problem]:
+    zero, within = config.parallel.zero, config.parallel.zero_within
+    if zero == 2:
+        yield Problem(
+            ("parallel.zero",),
+            "parallel.zero=2 is not offered: it would divide gradients but not weights; use 1, or 3 to divide both",
+        )
+    if zero == 0 and within is not None:
+        yield Problem(
+            ("parallel.zero", "parallel.zero_within"),
+            f"parallel.zero_within={within} with parallel.zero=0: nothing is divided; use parallel.zero=1 or 3, or "
+            "parallel.zero_within=null",
+        )
+
+
+def _recompute_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
+    some, layers = config.train.recompute_layers, model.get("num_hidden_layers")
+    if some is not None and config.train.recompute == "none":
+        yield Problem(
+            ("train.recompute_layers", "train.recompute"),
+            f"train.recompute_layers={some} with train.recompute=none: nothing is computed again; use "
+            "train.recompute=selective or full, or train.recompute_layers=null",
+        )
+    if some is not None and layers and some > layers:
+        yield Problem(
+            ("train.recompute_layers", "model.num_hidden_layers"),
+            f"train.recompute_layers={some} is above model.num_hidden_layers={layers}; use {layers} or fewer, or null "
+            "for all",
+        )
 
 
 def _shape_problems(model: Mapping[str, Any]) -> Iterator[Problem]:
@@ -322,6 +355,7 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
         )
         return
     data_ranks = world_size // ranks
+    yield from _division_among_ranks(config, data_ranks)
     together = data_ranks * train.micro_batch
     if train.global_batch % together:
         shared = " / ".join(f"{axis} {getattr(parallel, axis)}" for axis in axes)
@@ -341,6 +375,17 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
             f"micro-batches, which go through the chunks in groups of parallel.pipeline={parallel.pipeline}; use a "
             f"global batch of {_or(_multiples_near(train.global_batch, together * parallel.pipeline))}, or "
             "parallel.schedule=1f1b with parallel.chunks=1",
+        )
+
+
+def _division_among_ranks(config: RunConfig, data_ranks: int) -> Iterator[Problem]:
+    """Whether what ZeRO divides can be divided within groups of the ranks that gradients are summed over."""
+    within, ranks = config.parallel.zero_within, data_ranks * config.parallel.context
+    if within is not None and ranks % within:
+        yield Problem(
+            ("parallel.zero_within",),
+            f"parallel.zero_within={within} does not divide the {ranks} ranks that gradients are summed over (data x "
+            f"context); use {_or(_divisors(ranks))}, or null for all",
         )
 
 

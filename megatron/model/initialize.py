@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -39,6 +40,11 @@ def standard_deviation(name: str, config: ModelConfig) -> float | None:
     if layer.endswith(config.family.residual_outputs):
         return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
     return config.initializer_range
+
+
+def initial_values(config: ModelConfig, seed: int) -> Callable[[Region, torch.Tensor], None]:
+    """A function that fills a tensor, which holds a region of a model, as `initialize` would."""
+    return lambda region, out: fill_region(region, out, seed, standard_deviation(region.name, config))
 
 
 def fill_region(region: Region, out: torch.Tensor, seed: int, deviation: float | None) -> None:

@@ -15,6 +15,7 @@ from megatron.model.config import ModelConfig
 from megatron.model.norm import make_norm
 from megatron.model.places import find_places
 from megatron.model.vocabulary import Head, make_embedding
+from megatron.parallel.buckets import Unit
 from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.pipeline.partition import Part, cut, parts_of_stage
 from megatron.utils.errors import ConfigError
@@ -23,7 +24,8 @@ from megatron.utils.errors import ConfigError
 class Transformer(nn.Module):
     """A part of a model: all that this rank holds, or one chunk of it.
 
-    Without a `part` the layers are dealt out evenly to the pipeline's stages. Raises ConfigError where the model cannot
+    Without a `part` the layers are dealt out evenly to the pipeline's stages. `recompute` holds for the first
+    `recompute_layers` of its layers (None: for all). Raises ConfigError where the model cannot
     be cut over the context's grid.
     """
 
@@ -35,6 +37,7 @@ class Transformer(nn.Module):
         device: torch.device | str = "cpu",
         recompute: Recompute = "none",
         part: Part | None = None,
+        recompute_layers: int | None = None,
     ) -> None:
         super().__init__()
         check_divisible(config, context)
@@ -45,7 +48,11 @@ class Transformer(nn.Module):
         shared = config.tie_word_embeddings and self.is_first and self.is_last
         if self.is_first:
             self.embedding = make_embedding(config, context, dtype, device, uses=2 if shared else 1)
-        self.blocks = nn.ModuleList(Block(config, context, index, dtype, device, recompute) for index in part.layers)
+        some = len(part.layers) if recompute_layers is None else recompute_layers
+        kinds = [recompute if at < some else "none" for at in range(len(part.layers))]
+        self.blocks = nn.ModuleList(
+            Block(config, context, index, dtype, device, kind) for index, kind in zip(part.layers, kinds, strict=True)
+        )
         if self.is_last:
             self.final_norm = make_norm(config, context, config.family.final_norm, dtype, device)
             self.head = Head(config, context, dtype, device, weight=self.embedding.weight if shared else None)
@@ -55,6 +62,16 @@ class Transformer(nn.Module):
     def chunks(self) -> list[Transformer]:
         """This part alone, as a stage of one chunk."""
         return [self]
+
+    @property
+    def units(self) -> list[Unit]:
+        """What a forward pass calls one after the other."""
+        units = [Unit((block,)) for block in self.blocks]
+        if self.is_first:  # nothing lies below it whose gradient its weights would give
+            units.insert(0, Unit((self.embedding,), backward_reads=False))
+        if self.is_last:
+            units.append(Unit((self.final_norm, self.head), backward_follows=True))
+        return units
 
     def forward(
         self,
@@ -82,7 +99,7 @@ class Transformer(nn.Module):
         if not self.is_last:
             return hidden if branch is None else hidden + branch
         _, normed = self.final_norm(hidden, branch)
-        return self.head(normed) if labels is None else self.head.loss_sum(normed, labels)
+        return self.head(normed, labels)
 
     def _rotary(self, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary tables for this length; made once, since all batches of a run are of one length."""
@@ -116,10 +133,17 @@ def build_stage(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     recompute: Recompute = "none",
+    recompute_layers: int | None = None,
 ) -> Transformer | ChunkedTransformer:
-    """What this rank holds of a model that is cut into `parts`, those of all stages."""
+    """What this rank holds of a model that is cut into `parts`, those of all stages.
+
+    `recompute` holds for the first `recompute_layers` layers of the stage (None: for all).
+    """
     mine = parts_of_stage(parts, context.pp.size, context.pp.rank)
-    chunks = [Transformer(config, context, dtype, device, recompute, part) for part in mine]
+    chunks, left = [], recompute_layers
+    for part in mine:
+        chunks.append(Transformer(config, context, dtype, device, recompute, part, left))
+        left = None if left is None else max(0, left - len(part.layers))
     return chunks[0] if len(chunks) == 1 else ChunkedTransformer(chunks)
 
 

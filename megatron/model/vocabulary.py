@@ -103,12 +103,11 @@ class Head(nn.Module):
             weight = ShardedParameter.empty(vocabulary_spec(config, context, name), dtype, device)
         self.weight = weight
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → logits [s, b, padded vocabulary/tp]."""
-        return column_linear(hidden, self.weight, self.context)
-
-    def loss_sum(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the losses of labels [b, s] after hidden, a scalar: the logits never exist all at once."""
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → logits [s, b, padded vocabulary/tp]; with labels
+        [b, s] the sum of the losses, a scalar, for which the logits never exist all at once."""
+        if labels is None:
+            return column_linear(hidden, self.weight, self.context)
         return head_loss(hidden, self.weight, labels.t(), self.vocab_size, self.context)
 
 

@@ -97,8 +97,7 @@ class AdamW:
     def state_regions(self, kind: str, copies: bool = True) -> Iterator[tuple[Region, torch.Tensor]]:
         """The owned state of one kind as rectangles of canonical tensors; `copies=False` leaves out extra copies."""
         for bucket, flat in zip(self.buckets, self._state[kind], strict=True):
-            for slot, start, stop in bucket.owned_slots():
-                yield from slot.spec.flat_regions(flat[start:stop], bucket.owned[0] + start - slot.start, copies)
+            yield from bucket.owned_regions(flat, copies)
 
     def reset_masters(self) -> None:
         """Take the masters from the weights: after these were loaded without optimizer state."""

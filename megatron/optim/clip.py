@@ -19,8 +19,10 @@ class GradientNorm:
     ranks too where these own different ranges.
     """
 
-    def __init__(self, buckets: list[Bucket], context: ParallelContext, *, zero: int) -> None:
-        self._axis = context.world if zero else context.model
+    def __init__(self, buckets: list[Bucket], context: ParallelContext) -> None:
+        divided = context.shard.size > 1
+        self._axis = context.world if divided else context.model
+        self._counts = context.replica.size if divided else 1  # how often the sum over the axis has each range
         self._runs = [run for bucket in buckets for run in _counted_runs(bucket)]
         self._like = buckets[0].gradients
 
@@ -29,7 +31,7 @@ class GradientNorm:
         total = self._like.new_zeros(())
         if self._runs:
             total = torch.stack([squared_norm(run) for run in self._runs]).sum()
-        return all_reduce(total, self._axis).sqrt()
+        return (all_reduce(total, self._axis) / self._counts).sqrt()
 
 
 def _counted_runs(bucket: Bucket) -> Iterator[torch.Tensor]:

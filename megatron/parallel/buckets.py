@@ -3,19 +3,21 @@
 Parameters become views of flat weight buffers, and their gradients views of flat gradient buffers of the same layout.
 The layout is a function of the parameters' specs alone, so ranks that hold copies of a parameter agree on it. With
 optimizer sharding (ZeRO-1, Rajbhandari et al., 2020) each rank owns an even flat range of every bucket; otherwise all
-of it.
+of it. With full sharding (ZeRO-3; Zhao et al., 2023) a rank keeps that range alone: a bucket is what one layer of the
+model holds, and its flat buffers have storage only while that layer works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
+from torch import nn
 
 from megatron.parallel.layers import ShardedParameter
-from megatron.parallel.layout import Piece, ShardSpec
+from megatron.parallel.layout import Piece, Region, ShardSpec
 from megatron.parallel.mesh import Axis
 
 # Parameters begin at multiples of this many elements, so that wide loads stay aligned.
@@ -24,14 +26,53 @@ ALIGNMENT = 64
 # ranks also large enough that each rank's share of a bucket is more than latency.
 _BUCKET_ELEMENTS, _SHARE_ELEMENTS = 40_000_000, 1_000_000
 
+Named = list[tuple[str, ShardedParameter]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Modules that a forward pass calls one after the other, and whose weights it needs together: a layer.
+
+    `backward_reads` tells whether the backward pass reads weights, `backward_follows` whether in most schedules it
+    follows the forward pass at once.
+    """
+
+    modules: tuple[nn.Module, ...]
+    backward_reads: bool = True
+    backward_follows: bool = False
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of its modules."""
+        return [parameter for module in self.modules for parameter in module.parameters()]
+
+
+class Units(Protocol):
+    """A part of a model that can say what its forward pass calls, in order."""
+
+    @property
+    def units(self) -> list[Unit]: ...
+
+
+class Chunked(Protocol):
+    """A model in parts, each of which runs as a whole."""
+
+    @property
+    def chunks(self) -> Sequence[Units]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter in its bucket: elements `start … start + numel` of the flat buffers."""
+    """A parameter in its bucket: elements `start … start + numel` of the flat buffers; `gradient` is the view of the
+    gradient buffer that has its shape."""
 
     name: str
     parameter: ShardedParameter
     start: int
+    gradient: torch.Tensor
 
     @property
     def spec(self) -> ShardSpec:
@@ -48,20 +89,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One flat run of parameters; `owned` is the range whose optimizer state this rank keeps."""
+    """One flat run of parameters. `owned` is the range whose optimizer state this rank keeps; `owned_weights` and
+    `owned_gradients` hold it: views of the flat buffers, or with full sharding (`sharded`) tensors of their own."""
 
     slots: tuple[Slot, ...]
     weights: torch.Tensor
     gradients: torch.Tensor
     owned: tuple[int, int]
-
-    @property
-    def owned_weights(self) -> torch.Tensor:
-        return self.weights[self.owned[0] : self.owned[1]]
-
-    @property
-    def owned_gradients(self) -> torch.Tensor:
-        return self.gradients[self.owned[0] : self.owned[1]]
+    owned_weights: torch.Tensor
+    owned_gradients: torch.Tensor
+    sharded: bool
 
     def owned_slots(self) -> Iterator[tuple[Slot, int, int]]:
         """Each parameter that meets the owned range, with the common part as offsets into the owned range."""
@@ -78,38 +115,75 @@ class Bucket:
             for piece, _, view in slot.spec.flat_pieces(flat[start:stop], offset):
                 yield slot, piece, view
 
+    def owned_regions(self, flat: torch.Tensor, copies: bool = True) -> Iterator[tuple[Region, torch.Tensor]]:
+        """Views of `flat`, a tensor laid out like the owned range, as rectangles of canonical tensors;
+        `copies=False` leaves out extra copies."""
+        for slot, start, stop in self.owned_slots():
+            yield from slot.spec.flat_regions(flat[start:stop], self.owned[0] + start - slot.start, copies)
+
 
 def build_buckets(
-    model: torch.nn.Module,
-    grad: Axis,
+    model: Chunked,
+    shard: Axis,
     *,
     zero: int,
     gradient_dtype: torch.dtype,
     bucket_elements: int | None = None,
+    device: torch.device | None = None,
 ) -> list[Bucket]:
     """Move the model's parameters into flat buffers, in the order in which their gradients become ready.
 
-    Weights keep their values. A tied embedding that lives on two stages has a bucket of its own, since those two
-    stages must agree on its layout.
+    Weights keep their values; of a model on torch's meta device they are zero, and on `device`. A tied embedding that
+    lives on two stages has a bucket of its own, since those two stages must agree on its layout. With `zero` 3 there is
+    a bucket for each layer of the model, else they hold at least `bucket_elements` where there are as many.
     """
-    named = [(name, parameter) for name, parameter in model.named_parameters()]
-    bucket_elements = bucket_elements or max(_BUCKET_ELEMENTS, _SHARE_ELEMENTS * grad.size)
-    buckets = []
-    for group in _group(list(reversed(named)), bucket_elements):
-        buckets.append(_fill(group, grad, zero, gradient_dtype))
+    named: Named = []
+    for name, parameter in model.named_parameters():
+        assert hasattr(parameter, "spec"), name  # not its class, which fake tensors do not keep
+        named.append((name, cast(ShardedParameter, parameter)))
+    if zero == 3:
+        groups = [group for unit in _by_unit(model, named) for group in _group(unit, None)]
+    else:
+        groups = _group(named[::-1], bucket_elements or max(_BUCKET_ELEMENTS, _SHARE_ELEMENTS * shard.size))
+    device = device or named[0][1].device
+    buckets = [_fill(group, shard, zero, gradient_dtype, device) for group in groups]
+    _register(model, {id(old): slot.parameter for (_, old), slot in _pairs(groups, buckets)})
     return buckets
 
 
-def _group(
-    named: Sequence[tuple[str, torch.nn.Parameter]], bucket_elements: int
-) -> list[list[tuple[str, ShardedParameter]]]:
-    groups: list[list[tuple[str, ShardedParameter]]] = []
+def has_storage(flat: torch.Tensor) -> bool:
+    """Whether a flat buffer has storage now."""
+    return flat.untyped_storage().nbytes() > 0
+
+
+def give_storage(flat: torch.Tensor) -> None:
+    """Give a flat buffer storage, of undefined content. Views of it, those that autograd keeps as well, see it."""
+    flat.untyped_storage().resize_(flat.numel() * flat.element_size())
+
+
+def take_storage(flat: torch.Tensor) -> None:
+    """Free the storage of a flat buffer, which is the views' as well."""
+    flat.untyped_storage().resize_(0)
+
+
+def _by_unit(model: Chunked, named: Named) -> list[Named]:
+    """The parameters of each unit that no unit before it has, the last unit first."""
+    names = {id(parameter): name for name, parameter in named}
+    units = []
+    for unit in (unit for chunk in model.chunks for unit in chunk.units):
+        mine = {id(parameter): parameter for parameter in unit.parameters() if id(parameter) in names}
+        units.append([(names.pop(key), cast(ShardedParameter, parameter)) for key, parameter in mine.items()][::-1])
+    assert not names, f"no unit has {', '.join(names.values())}"
+    return units[::-1]
+
+
+def _group(named: Named, bucket_elements: int | None) -> list[Named]:
+    groups: list[Named] = []
     size, closed = 0, True
     for name, parameter in named:
-        assert hasattr(parameter, "spec"), name  # not its class, which fake tensors do not keep
-        parameter = cast(ShardedParameter, parameter)
         alone = any(piece.copy_axis == "embed" for piece in parameter.spec.pieces)
-        if closed or alone or size + parameter.spec.numel > bucket_elements:
+        full = bucket_elements is not None and size + parameter.spec.numel > bucket_elements
+        if closed or alone or full:
             groups.append([])
             size = 0
         groups[-1].append((name, parameter))
@@ -118,20 +192,48 @@ def _group(
     return groups
 
 
-def _fill(group: list[tuple[str, ShardedParameter]], grad: Axis, zero: int, gradient_dtype: torch.dtype) -> Bucket:
-    slots, size = [], 0
-    for name, parameter in group:
-        slots.append(Slot(name, parameter, size))
+def _fill(group: Named, shard: Axis, zero: int, gradient_dtype: torch.dtype, device: torch.device) -> Bucket:
+    starts, size = [], 0
+    for _, parameter in group:
+        starts.append(size)
         size += -(-parameter.spec.numel // ALIGNMENT) * ALIGNMENT
-    unit = ALIGNMENT * grad.size
+    unit = ALIGNMENT * shard.size
     size = -(-size // unit) * unit
-    first = group[0][1]
-    weights = torch.zeros(size, dtype=first.dtype, device=first.device)
-    gradients = torch.zeros(size, dtype=gradient_dtype, device=first.device)
-    for slot in slots:
-        view = weights[slot.start : slot.stop].view(slot.spec.shape)
-        view.copy_(slot.parameter.data)
-        slot.parameter.data = view
-    share = size // grad.size
-    owned = (grad.rank * share, (grad.rank + 1) * share) if zero else (0, size)
-    return Bucket(tuple(slots), weights, gradients, owned)
+    weights = torch.zeros(size, dtype=group[0][1].dtype, device=device)
+    gradients = torch.zeros(size, dtype=gradient_dtype, device=device)
+    slots = []
+    for (name, parameter), start in zip(group, starts, strict=True):
+        spec = parameter.spec
+        weight, gradient = (flat[start : start + spec.numel].view(spec.shape) for flat in (weights, gradients))
+        slots.append(Slot(name, _move(parameter, weight), start, gradient))
+    share = size // shard.size
+    owned = (shard.rank * share, (shard.rank + 1) * share) if zero else (0, size)
+    owned_weights, owned_gradients = (flat[owned[0] : owned[1]] for flat in (weights, gradients))
+    if zero == 3:
+        owned_weights, owned_gradients = owned_weights.clone(), owned_gradients.clone()
+        take_storage(weights)
+        take_storage(gradients)
+    return Bucket(tuple(slots), weights, gradients, owned, owned_weights, owned_gradients, sharded=zero == 3)
+
+
+def _move(parameter: ShardedParameter, view: torch.Tensor) -> ShardedParameter:
+    """The parameter with its values in `view`; one without values, on the meta device, gives way to a new one."""
+    if parameter.device.type == "meta" and view.device.type != "meta":
+        # Through `.data`, as below: autograd then does not take a gather for a change of what it keeps.
+        return ShardedParameter.create(view.data, parameter.spec, parameter.uses)
+    view.copy_(parameter.data)
+    parameter.data = view
+    return parameter
+
+
+def _pairs(groups: list[Named], buckets: list[Bucket]) -> Iterator[tuple[tuple[str, ShardedParameter], Slot]]:
+    for group, bucket in zip(groups, buckets, strict=True):
+        yield from zip(group, bucket.slots, strict=True)
+
+
+def _register(model: Chunked, new: dict[int, ShardedParameter]) -> None:
+    """Put the new parameters in the places of the old ones, by whose ids they are given."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if new[id(parameter)] is not parameter:
+                setattr(module, name, new[id(parameter)])

@@ -89,13 +89,14 @@ class ParallelContext:
     """The axes, by what they are for.
 
     tp: shares of every layer; cp: parts of every sample's sequence; pp: stages; data: who reads which samples; grad:
-    over whom gradients are summed and optimizer state is divided (data x context); model: over whom norms are summed;
-    loss: over whom loss sums and token counts are summed (all but tensor); embed: first and last stage, which both hold
-    a tied embedding; kv: tensor ranks that hold the same key/value head; ring_even, ring_odd: cp again, for messages
-    whose sender has an even or an odd index; forward, backward: the pipeline again, one communicator for each direction
-    of messages; forward_wrap, backward_wrap: the same between the last stage and the first, in a pipeline of several
-    chunks; world: everybody. `sequence` tells whether activations between blocks are split along the sequence over tp,
-    `context_attention` how keys and values get about over cp.
+    over whom gradients are summed (data x context); shard: consecutive ranks of grad among which optimizer state, and
+    under full sharding weights, are divided; replica: ranks of grad that hold the same of it; model: over whom norms
+    are summed; loss: over whom loss sums and token counts are summed (all but tensor); embed: first and last stage,
+    which both hold a tied embedding; kv: tensor ranks that hold the same key/value head; ring_even, ring_odd: cp again,
+    for messages whose sender has an even or an odd index; forward, backward: the pipeline again, one communicator for
+    each direction of messages; forward_wrap, backward_wrap: the same between the last stage and the first, in a
+    pipeline of several chunks; world: everybody. `sequence` tells whether activations between blocks are split along
+    the sequence over tp, `context_attention` how keys and values get about over cp.
     """
 
     grid: Grid
@@ -105,6 +106,8 @@ class ParallelContext:
     pp: Axis
     data: Axis
     grad: Axis
+    shard: Axis
+    replica: Axis
     model: Axis
     loss: Axis
     embed: Axis
@@ -137,10 +140,10 @@ def single_rank() -> ParallelContext:
 
 
 def describe(
-    grid: Grid, rank: int, *, sequence: bool = False, num_key_value_heads: int | None = None
+    grid: Grid, rank: int, *, sequence: bool = False, num_key_value_heads: int | None = None, shard: int = 1
 ) -> ParallelContext:
     """The context of any rank of any grid, without communicators: for layouts and plans."""
-    return _build(grid, rank, sequence, num_key_value_heads, False, None)
+    return _build(grid, rank, sequence, num_key_value_heads, False, None, shard=shard)
 
 
 def connect(
@@ -151,16 +154,18 @@ def connect(
     num_key_value_heads: int | None = None,
     wraps: bool = False,
     context_attention: ContextAttention = "ring",
+    shard: int = 1,
     timeout_s: float = 1800.0,
     make: MakeCommunicator | None = None,
 ) -> ParallelContext:
     """The context of this rank with its process groups; all ranks of an initialised world call it together.
 
-    `wraps` is for pipelines of several chunks, whose last stage sends to the first. `make` makes the communicator of a
+    `wraps` is for pipelines of several chunks, whose last stage sends to the first; `shard` is the size of that axis, a
+    divisor of data x context. `make` makes the communicator of a
     group that this rank is in (tests pass a stricter one).
     """
     make = make or (lambda ranks: new_communicator(ranks, timeout_s))
-    return _build(grid, rank, sequence, num_key_value_heads, wraps, make, context_attention)
+    return _build(grid, rank, sequence, num_key_value_heads, wraps, make, context_attention, shard)
 
 
 def key_value_copies(tensor: int, num_key_value_heads: int | None) -> int:
@@ -183,16 +188,21 @@ def _build(
     wraps: bool,
     make: MakeCommunicator | None,
     context_attention: ContextAttention = "ring",
+    shard: int = 1,
 ) -> ParallelContext:
     copies = key_value_copies(grid.tensor, num_key_value_heads)
     pipelines = grid.groups("pipeline")
     tensor_groups, context_groups = grid.groups("tensor"), grid.groups("context")
+    grad_groups = grid.groups("context", "data")
+    assert grid.data * grid.context % shard == 0, (grid, shard)
     members: dict[str, list[tuple[int, ...]]] = {
         "tp": tensor_groups,
         "cp": context_groups,
         "pp": pipelines,
         "data": grid.groups("data"),
-        "grad": grid.groups("context", "data"),
+        "grad": grad_groups,
+        "shard": [group[at : at + shard] for group in grad_groups for at in range(0, len(group), shard)],
+        "replica": [group[at::shard] for group in grad_groups for at in range(shard)],
         "model": grid.groups("tensor", "pipeline"),
         "loss": grid.groups("context", "data", "pipeline"),
         "embed": [(group[0], group[-1]) if grid.pipeline > 1 else group for group in pipelines],
@@ -205,8 +215,8 @@ def _build(
         "backward_wrap": pipelines,
         "world": grid.groups("tensor", "context", "data", "pipeline"),
     }
-    # Stages speak over `forward` and `backward`; `pp` only counts them, as `data` counts who reads.
-    silent = {"pp", "data"} if wraps else {"pp", "data", "forward_wrap", "backward_wrap"}
+    # Some axes only count: stages speak over `forward` and `backward`, gradients are summed over `shard` and `replica`.
+    silent = {"pp", "data", "grad"} | (set() if wraps else {"forward_wrap", "backward_wrap"})
     silent |= {"cp"} if context_attention == "ring" else {"ring_even", "ring_odd"}
     axes = {name: _axis(name, groups, rank, None if name in silent else make) for name, groups in members.items()}
     return ParallelContext(

@@ -52,12 +52,20 @@ class GradientSink:
     """A parameter's place in a gradient bucket: `buffer` has its shape, `report` is told after each addition.
 
     After `clear` the first addition overwrites what the buffer holds, which saves a pass that would set it to zero.
+    `prepare`, if given, is called before that addition: the buffer may be without storage until then.
     """
 
-    def __init__(self, buffer: torch.Tensor, report: Callable[[], None], later: LaterProducts | None = None) -> None:
+    def __init__(
+        self,
+        buffer: torch.Tensor,
+        report: Callable[[], None],
+        later: LaterProducts | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         self.buffer = buffer
         self.report = report
         self.later = later
+        self.prepare = prepare
         self.accumulate: Accumulate | None = None  # in one product, where dtypes differ and a library can
         self._empty = True
 
@@ -110,6 +118,8 @@ class GradientSink:
 
     def _overwrites(self) -> bool:
         empty, self._empty = self._empty, False
+        if empty and self.prepare is not None:
+            self.prepare()
         return empty
 
 

@@ -73,6 +73,7 @@ def run_rank(
             num_key_value_heads=model.num_key_value_heads,
             wraps=config.parallel.chunks > 1,
             context_attention=config.parallel.context_attention,
+            shard=plan.shard,
             make=lambda ranks: RecordingCommunicator(recorder, ranks),
         )
         for axis in context.axes():
@@ -105,7 +106,9 @@ def _batch(config: RunConfig, plan: Plan, device: torch.device) -> list[MicroBat
 def _label(recorder: Recorder, step: TrainingStep) -> None:
     for bucket in step.buckets:
         recorder.label(bucket.gradients, GRADIENTS)
+        recorder.label(bucket.owned_gradients, GRADIENTS)
     for tensor in step.optimizer.state_tensors():
         recorder.label(tensor, OPTIMIZER)
     for bucket in step.buckets:  # last: where masters are the weights themselves they count as weights
         recorder.label(bucket.weights, WEIGHTS)
+        recorder.label(bucket.owned_weights, WEIGHTS)

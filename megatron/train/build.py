@@ -14,6 +14,7 @@ from megatron.checkpoint.native import read_carried
 from megatron.checkpoint.source import what_makes_it_a_model
 from megatron.config.data import SYNTHETIC
 from megatron.config.dump import dump_config, to_dict
+from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
 from megatron.config.validate import validate_grid
 from megatron.data.build import (
@@ -62,6 +63,7 @@ class Plan:
     sequence_length: int
     sequence_parallel: bool
     zero: int
+    shard: int
     samples: int
     decay_steps: int
     micro_batches: int
@@ -80,16 +82,25 @@ def make_plan(config: RunConfig, model: ModelConfig, world_size: int) -> Plan:
         parallel.layers,
         head_cost_in_layers(model, sequence_length),
     )
+    zero, shard = _division(parallel, grid.data * grid.context)
     return Plan(
         grid=grid,
         sequence_length=sequence_length,
         sequence_parallel=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
-        zero=int(grid.data * grid.context > 1) if parallel.zero is None else parallel.zero,
+        zero=zero,
+        shard=shard,
         samples=config.data.samples or train.steps * train.global_batch,
         decay_steps=config.optimizer.decay_steps or train.steps,
         micro_batches=train.global_batch // (train.micro_batch * grid.data),
         parts=tuple(parts),
     )
+
+
+def _division(parallel: ParallelConfig, ranks: int) -> tuple[int, int]:
+    """(what ZeRO divides, among how many of the data x context ranks): one rank divides nothing."""
+    zero = 1 if parallel.zero is None else parallel.zero
+    shard = parallel.zero_within or ranks
+    return (zero, shard) if zero and shard > 1 else (0, 1)
 
 
 @contextmanager
@@ -109,6 +120,7 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         num_key_value_heads=origin.model.num_key_value_heads,
         wraps=config.parallel.chunks > 1,
         context_attention=config.parallel.context_attention,
+        shard=plan.shard,
         timeout_s=config.parallel.timeout_s,
     )
     vendor = choose_kernels(config.kernels, origin.model, plan.grid.tensor, world)
@@ -119,7 +131,9 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         origin.source.close()
     with ExitStack() as stack:
         checkpoints = Checkpoints(config, world, context, origin, carried, data_state)
-        loader = stack.enter_context(world.agree(lambda: open_loader(config, plan, origin.model, context, progress.consumed_samples)))
+        loader = stack.enter_context(
+            world.agree(lambda: open_loader(config, plan, origin.model, context, progress.consumed_samples))
+        )
         sinks = world.agree(lambda: _open_sinks(config, progress) if world.launch.rank == 0 else [])
         for sink in sinks:
             stack.callback(sink.close)
@@ -240,15 +254,26 @@ def build_step(
     config: RunConfig, plan: Plan, model: ModelConfig, context: ParallelContext, device: torch.device
 ) -> TrainingStep:
     """This rank's part of the model, weights not yet filled, and the step over it."""
-    dtype = DTYPES[config.train.precision]
+    train = config.train
+    # Without storage at first: under full sharding the whole part may not fit.
+    stage = build_stage(
+        model,
+        context,
+        plan.parts,
+        DTYPES[train.precision],
+        torch.device("meta"),
+        train.recompute,
+        train.recompute_layers,
+    )
     return TrainingStep(
-        build_stage(model, context, plan.parts, dtype, device, config.train.recompute),
+        stage,
         context,
         config.optimizer,
         micro_batches=plan.micro_batches,
         zero=plan.zero,
         decay_steps=plan.decay_steps,
         schedule=config.parallel.schedule,
+        device=device,
     )
 
 
@@ -326,7 +351,7 @@ def _describe_run(
         "processes" if world.device.type == "cpu" else "GPUs",
         _describe_pipeline(config) if grid.pipeline > 1 else "",
         ", sequence parallel" if step.context.sequence else "",
-        f", ZeRO-{plan.zero}" if plan.zero else "",
+        _describe_division(plan),
         config.train.precision,
         format_bytes(step.optimizer.state_bytes),
     )
@@ -339,9 +364,21 @@ def _describe_run(
         plan.micro_batches,
         config.train.micro_batch,
     )
+    if plan.zero == 3 and grid.pipeline > 1:
+        _logger.warning(
+            "parallel.zero=3 with parallel.pipeline=%d gathers all weights of a stage twice for each of %d micro-batches; "
+            "parallel.zero=1 gathers them once a step",
+            grid.pipeline,
+            plan.micro_batches,
+        )
     extendable = config.data.order == "stable" or config.data.samples is not None or config.data.train == SYNTHETIC
     if progress.step == 0 and config.checkpoint.save is not None and not extendable:
         _logger.info("more train.steps later need data.samples or data.order=stable now")
+
+
+def _describe_division(plan: Plan) -> str:
+    within = f" within {plan.shard} ranks" if plan.shard < plan.grid.data * plan.grid.context else ""
+    return f", ZeRO-{plan.zero}{within}" if plan.zero else ""
 
 
 def _describe_pipeline(config: RunConfig) -> str:

@@ -13,13 +13,13 @@ from megatron.checkpoint.manager import apply_retention
 from megatron.checkpoint.native import step_folder
 from megatron.checkpoint.source import Source
 from megatron.checkpoint.store import save_checkpoint
-from megatron.checkpoint.weights import load_weights
+from megatron.checkpoint.weights import weight_reader
 from megatron.config.dump import differences, dump_config, to_dict
 from megatron.config.run import RunConfig
 from megatron.model.config import spell_for_both
-from megatron.model.initialize import initialize
+from megatron.model.initialize import initial_values
 from megatron.optim.adamw import AdamW
-from megatron.parallel.layers import ShardedParameter
+from megatron.parallel.layout import Region
 from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.world import World
 from megatron.train.origin import Origin
@@ -34,11 +34,9 @@ _logger = get_logger(__name__)
 def start_from(origin: Origin, step: TrainingStep, seed: int) -> None:
     """Fill weights, masters and, where a run is resumed, the optimizer's state from where the run starts."""
     if origin.source is None:
-        initialize(step.model, origin.model, seed)
-        step.optimizer.reset_masters()
+        step.fill(initial_values(origin.model, seed))
         return
-    load_weights(step.model, origin.source)
-    step.optimizer.reset_masters()  # padding rows as well, which no checkpoint holds
+    step.fill(weight_reader(origin.source, next(step.model.parameters()).dtype))
     # Stored in a higher precision than the weights here, the masters keep it.
     _load_state(step.optimizer, origin.source, "master", "master" if origin.source.shapes("master") else "weights")
     if origin.resume:
@@ -105,12 +103,10 @@ class Checkpoints:
         if self.folder is None or self._last_saved == progress.step:
             return
         folder = self.folder / step_folder(progress.step)
-        first_copy = self.context.grad.rank == 0
-        tensors: dict[str, list[tuple[Any, torch.Tensor]]] = {"weights": []}
-        if first_copy:
-            tensors["weights"] = list(_weight_regions(step.model))
-        # Without sharding every data rank holds the same state, and the first writes it.
-        if first_copy or self._sharded(step):
+        tensors: dict[str, list[tuple[Region, torch.Tensor]]] = {}
+        # Each rank writes what it owns; of ranks that own the same, the first.
+        if self.context.replica.rank == 0:
+            tensors["weights"] = list(step.weight_regions(copies=False))
             for kind in AdamW.STATE_KINDS:
                 if kind != "master" or step.optimizer.has_masters:
                     tensors[kind] = list(step.optimizer.state_regions(kind, copies=False))
@@ -138,15 +134,6 @@ class Checkpoints:
         _logger.info("saved %s", folder)
         if self.world.launch.rank == 0:
             apply_retention(self.folder, self.config.checkpoint.keep_last, up_to=progress.step)
-
-    def _sharded(self, step: TrainingStep) -> bool:
-        return any(bucket.owned_weights.numel() < bucket.weights.numel() for bucket in step.buckets)
-
-
-def _weight_regions(model: torch.nn.Module) -> Any:
-    for parameter in model.parameters():
-        assert isinstance(parameter, ShardedParameter)
-        yield from parameter.spec.regions(parameter.detach(), copies=False)
 
 
 def _dtype_name(model: torch.nn.Module) -> str:

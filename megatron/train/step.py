@@ -6,7 +6,7 @@ on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,11 @@ from megatron.optim.clip import GradientNorm, clip_divisor
 from megatron.optim.learning_rate import learning_rate
 from megatron.parallel.buckets import build_buckets
 from megatron.parallel.collectives import all_reduce
-from megatron.parallel.gradients import GradientReducer, gather_weights
+from megatron.parallel.gradients import GradientReducer, ShardedGradientReducer
+from megatron.parallel.layout import Region
 from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.pipeline.schedule import make_schedule
+from megatron.parallel.weights import GatheredWeights, ShardedWeights
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class StepOutcome:
 class TrainingStep:
     """The model of this rank with its buckets and optimizer, and the step over them.
 
-    `micro_batches` is the number of micro-batches that each data rank runs in a step.
+    `micro_batches` is the number of micro-batches that each data rank runs in a step. What `zero` divides is divided
+    over `context.shard`. A model on torch's meta device gets its (zero) weights on `device`.
     """
 
     def __init__(
@@ -54,18 +57,22 @@ class TrainingStep:
         decay_steps: int,
         schedule: ScheduleName = "1f1b",
         bucket_elements: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        assert (zero > 0) == (context.shard.size > 1), f"zero={zero} over {context.shard.size} ranks"
         self.model, self.context, self.config, self.decay_steps = model, context, config, decay_steps
         dtype = next(model.parameters()).dtype
         self.buckets = build_buckets(
             model,
-            context.grad,
+            context.shard,
             zero=zero,
             gradient_dtype=torch.promote_types(torch.float32, dtype),
             bucket_elements=bucket_elements,
+            device=device,
         )
-        self.gradients = GradientReducer(self.buckets, context, zero=zero)
-        self.norm = GradientNorm(self.buckets, context, zero=zero)
+        self.weights = (ShardedWeights if zero == 3 else GatheredWeights)(model, self.buckets, context)
+        self.gradients = (ShardedGradientReducer if zero == 3 else GradientReducer)(self.buckets, context)
+        self.norm = GradientNorm(self.buckets, context)
         self.optimizer = AdamW(self.buckets, config)
         self.micro_batches = micro_batches
         self.actions = make_schedule(schedule, context.pp.size, micro_batches, len(model.chunks))[context.pp.rank]
@@ -81,5 +88,21 @@ class TrainingStep:
         not_finite = torch.isfinite(norm).logical_not().to(torch.float32)
         rate = learning_rate(self.config, step, self.decay_steps)
         self.optimizer.step(rate, clip_divisor(norm, tokens, self.config.clip_grad), not_finite)
-        gather_weights(self.buckets, self.context)
+        self.weights.updated()
         return StepOutcome(loss_sum / tokens, norm / tokens, tokens, not_finite, rate)
+
+    def fill(self, values: Callable[[Region, torch.Tensor], None]) -> None:
+        """Give the weights new values: `values` writes those of a region of a canonical tensor; padding becomes zero.
+        Masters are taken from them."""
+        with torch.no_grad():
+            for bucket in self.buckets:
+                bucket.owned_weights.zero_()
+            for region, view in self.weight_regions():
+                values(region, view)
+        self.optimizer.reset_masters()
+        self.weights.updated()
+
+    def weight_regions(self, copies: bool = True) -> Iterator[tuple[Region, torch.Tensor]]:
+        """The weights that this rank owns, as rectangles of canonical tensors; `copies=False`: without extra copies."""
+        for bucket in self.buckets:
+            yield from bucket.owned_regions(bucket.owned_weights, copies)

@@ -11,7 +11,7 @@ from megatron.config.run import RunConfig
 from megatron.kernels import native
 from megatron.kernels.native import Backend
 from megatron.model.config import ModelConfig
-from megatron.model.initialize import initialize
+from megatron.model.initialize import initial_values
 from megatron.parallel.communicator import new_communicator
 from megatron.parallel.mesh import ParallelContext, connect
 from megatron.train.build import Plan, build_step, make_plan, open_loader
@@ -41,14 +41,14 @@ def run_rank(
         num_key_value_heads=model.num_key_value_heads,
         wraps=config.parallel.chunks > 1,
         context_attention=config.parallel.context_attention,
+        shard=plan.shard,
         make=lambda ranks: WatchedCommunicator(new_communicator(ranks, _TIMEOUT_S), used, drop),
     )
     for axis in context.axes():
         if isinstance(axis.communicator, WatchedCommunicator):
             axis.communicator.axis = axis.name
     step = build_step(config, plan, model, context, torch.device("cpu"))
-    initialize(step.model, model, config.train.seed)
-    step.optimizer.reset_masters()
+    step.fill(initial_values(model, config.train.seed))
     result = _run_steps(step, config, plan, model, context)
     result.used = used
     return result
@@ -70,7 +70,7 @@ def on_one_rank(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         parallel=dataclasses.replace(plain, zero=0, timeout_s=config.parallel.timeout_s),
-        train=dataclasses.replace(config.train, recompute="none"),
+        train=dataclasses.replace(config.train, recompute="none", recompute_layers=None),
     )
 
 
@@ -84,7 +84,7 @@ def _run_steps(
         result.gradients = result.gradients or _gradients(step, divisor)
         update(rate, divisor, not_finite)
 
-    step.optimizer.step = record_and_update  # type: ignore[method-assign]
+    step.optimizer.step = record_and_update  # type: ignore[method-assign, assignment]
     with open_loader(config, plan, model, context, position=0) as loader:
         for number in range(1, STEPS + 1):
             outcome = step(loader.next_batch(), number)
@@ -98,15 +98,14 @@ def _gradients(step: TrainingStep, divisor: torch.Tensor) -> Regions:
     """The owned ranges of the reduced gradients, divided by tokens and clipping."""
     found: Regions = []
     for bucket in step.buckets:
-        for slot, start, stop in bucket.owned_slots():
-            flat = bucket.owned_gradients[start:stop]
-            for region, view in slot.spec.flat_regions(flat, bucket.owned[0] + start - slot.start):
-                found.append((region, (view / divisor).numpy().astype(np.float64)))
+        for region, view in bucket.owned_regions(bucket.owned_gradients):
+            found.append((region, (view / divisor).numpy().astype(np.float64)))
     return found
 
 
 def _weights(step: TrainingStep) -> Regions:
     found: Regions = []
+    step.weights.gather()
     for parameter in step.model.parameters():
         for region, view in parameter.spec.regions(parameter.detach()):  # type: ignore[attr-defined]
             found.append((region, view.numpy().astype(np.float64)))

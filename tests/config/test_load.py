@@ -145,7 +145,7 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, hint: str) ->
         ("optimizer: {eps: .nan}\n", "must be a finite number"),
         ("optimizer: {eps: 0}\n", "must be above 0"),
         ("optimizer: {eps: '1'}\n", "must be a number"),
-        ("parallel: {zero: 2}\n", "must be at most 1"),
+        ("parallel: {zero: 4}\n", "must be at most 3"),
         ("log: {dir: ''}\n", "must not be empty"),
         ('log: {dir: "a\\tb"}\n', "characters that cannot be printed: 'a\\tb'"),
         ("log: {dir: 5}\n", "put it in quotes"),

@@ -37,6 +37,22 @@ from megatron.utils.errors import ConfigError
         (["--checkpoint.keep_last=5"], "without checkpoint.save", (["--checkpoint.save=x"],)),
         (["--evaluate.interval=5"], "without data.validation", (["--data.validation=x"],)),
         (["--log.tensorboard=true"], "without log.dir", (["--log.dir=x"],)),
+        (["--parallel.zero=2"], "use 1, or 3 to divide both", (["--parallel.zero=1"], ["--parallel.zero=3"])),
+        (
+            ["--parallel.zero=0", "--parallel.zero_within=8"],
+            "nothing is divided",
+            (["--parallel.zero=1"], ["--parallel.zero=3"], ["--parallel.zero_within=null"]),
+        ),
+        (
+            ["--train.recompute_layers=2"],
+            "nothing is computed again",
+            (["--train.recompute=full"], ["--train.recompute=selective"], ["--train.recompute_layers=null"]),
+        ),
+        (
+            ["--train.recompute=full", "--train.recompute_layers=5", "--model.num_hidden_layers=4"],
+            "use 4 or fewer, or null for all",
+            (["--train.recompute_layers=4"], ["--train.recompute_layers=null"]),
+        ),
         (
             ["--model.num_attention_heads=6", "--model.num_key_value_heads=4"],
             "use 1, 2, 3 or 6 key/value heads",
@@ -148,6 +164,13 @@ def test_each_rule_names_a_cure_that_cures(wrong: list[str], hint: str, cures: t
 def test_uneven_stages_and_replicated_key_heads_are_allowed() -> None:
     load_config(None, ["--model.num_hidden_layers=5", "--parallel.pipeline=2"])
     load_config(None, ["--model.num_attention_heads=8", "--model.num_key_value_heads=2", "--parallel.tensor=8"])
+
+
+def test_zero_is_divided_within_equal_groups() -> None:
+    assert "use 1, 2 or 4, or null" in grid_failure(4, "--parallel.zero_within=3")
+    assert "does not divide the 2 ranks" in grid_failure(4, "--parallel.tensor=2", "--parallel.zero_within=4")
+    for within in ("1", "2", "4", "null"):
+        validate_grid(load_config("tiny", ["--parallel.zero=3", f"--parallel.zero_within={within}"]), 4)
 
 
 def grid_failure(world_size: int, *overrides: str) -> str:

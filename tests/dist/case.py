@@ -15,7 +15,7 @@ from megatron.data.loader import MicroBatch
 from megatron.kernels import native
 from megatron.kernels.runs import Documents
 from megatron.model.config import ModelConfig
-from megatron.model.initialize import initialize
+from megatron.model.initialize import initial_values
 from megatron.model.transformer import build_stage
 from megatron.parallel.layers import ShardedParameter
 from megatron.parallel.layout import Region
@@ -41,6 +41,7 @@ class Case:
     pipeline: int = 1
     sequence: bool = False
     zero: int = 0
+    zero_within: int | None = None
     layers: int = 4
     heads: int = 4
     key_value_heads: int = 2
@@ -53,6 +54,7 @@ class Case:
     clip: float = 0.5
     bucket_elements: int = 3000
     recompute: Recompute = "none"
+    recompute_layers: int | None = None
     schedule: ScheduleName = "1f1b"
     chunks: int = 1
     split: LayerSplit = "even"
@@ -60,6 +62,10 @@ class Case:
     @property
     def grid(self) -> Grid:
         return Grid(self.tensor, self.context, self.data, self.pipeline)
+
+    @property
+    def shard(self) -> int:
+        return (self.zero_within or self.data * self.context) if self.zero else 1
 
     @property
     def model(self) -> ModelConfig:
@@ -103,7 +109,9 @@ class Case:
                 "pipeline": 1,
                 "sequence": False,
                 "zero": 0,
+                "zero_within": None,
                 "recompute": "none",
+                "recompute_layers": None,
                 "schedule": "1f1b",
                 "chunks": 1,
                 "split": "even",
@@ -173,10 +181,11 @@ def run_case(
             num_key_value_heads=case.model.num_key_value_heads,
             wraps=case.chunks > 1,
             context_attention=case.context_attention,
+            shard=case.shard,
             make=communicators.make,
         )
         parts = cut(case.layers, case.pipeline * case.chunks, case.split, head_cost=1.7)
-        model = build_stage(case.model, context, parts, torch.float64, recompute=case.recompute)
+        model = build_stage(case.model, context, parts, torch.float64, "cpu", case.recompute, case.recompute_layers)
         step = TrainingStep(
             model,
             context,
@@ -187,14 +196,14 @@ def run_case(
             schedule=case.schedule,
             bucket_elements=case.bucket_elements,
         )
-        initialize(model, case.model, seed=7)
-        step.optimizer.reset_masters()
+        step.fill(initial_values(case.model, seed=7))
         result = Result()
         _record_gradients(step, result)
         for number in range(STEPS):
             outcome = step(batches_of(case, number, context.data.rank), number + 1)
             result.losses.append(outcome.loss.item())
             result.norms.append(outcome.grad_norm.item())
+        step.weights.gather()
     result.weights = _weights(model)
     result.padding = _padding(model)
     result.log, result.open_works = log.issued, log.open_works
@@ -217,10 +226,8 @@ def _gradients(step: TrainingStep, divisor: torch.Tensor) -> list[tuple[Region, 
     """The owned ranges of the reduced gradients, divided by tokens and clipping."""
     found = []
     for bucket in step.buckets:
-        for slot, start, stop in bucket.owned_slots():
-            flat = bucket.owned_gradients[start:stop]
-            for region, view in slot.spec.flat_regions(flat, bucket.owned[0] + start - slot.start):
-                found.append((region, (view / divisor).numpy()))
+        for region, view in bucket.owned_regions(bucket.owned_gradients):
+            found.append((region, (view / divisor).numpy()))
     return found
 
 

@@ -17,7 +17,7 @@ import torch
 from megatron.kernels.runs import Documents
 from megatron.model import loss, places, stage, vocabulary
 from megatron.optim import clip
-from megatron.parallel import context, gradients, layers
+from megatron.parallel import buckets, context, gradients, layers, weights
 from megatron.parallel.buckets import Bucket
 from megatron.parallel.collectives import Done
 from megatron.parallel.pipeline import engine
@@ -55,9 +55,45 @@ def _finish_without_waiting(reducer: gradients.GradientReducer) -> None:
     reducer._sum_copies()
 
 
-def _gather_without_waiting(buckets: list[Bucket], context: Any) -> None:
-    for bucket in buckets:
-        context.grad.comm.all_gather(bucket.weights, bucket.owned_weights)
+def _take_weights_without_waiting(weights: Any) -> None:
+    weights.start()
+    weights._whole, weights._work = True, None
+
+
+def _zeros_for_the_backward_pass(layer: Any) -> None:
+    for weights in layer.weights:
+        if not weights._whole:
+            buckets.give_storage(weights.bucket.weights)
+            weights.bucket.weights.zero_()
+            weights._whole = True
+
+
+def _keep_what_is_gathered(model_weights: Any, units: Any, needs: Any) -> None:
+    """Nothing is freed or forgotten: the weights of the first step are used for ever."""
+    for need in needs:
+        for bucket_weights in need:
+            bucket_weights.forget = lambda: None
+    _ATTACH(model_weights, units, needs)
+
+
+_ATTACH = weights.ShardedWeights._attach
+
+
+def _count_every_replica(norm: Any) -> torch.Tensor:
+    norm._counts = 1
+    return _NORM(norm)
+
+
+_NORM = clip.GradientNorm.compute
+
+
+def _settle_without_waiting(reducer: Any) -> None:
+    if reducer._under_way is not None:
+        reducer._under_way = dataclasses.replace(reducer._under_way, work=Done())
+    _SETTLE(reducer)
+
+
+_SETTLE = gradients.ShardedGradientReducer._settle
 
 
 def _take_without_waiting(mail: Any, action: Any) -> torch.Tensor | None:
@@ -164,7 +200,16 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "loss-statistics-not-reduced": lambda: patch.object(loss, "all_reduce", lambda tensor, *_, **__: tensor),
     "data-gradients-not-reduced": lambda: patch.object(gradients.GradientReducer, "_reduce", lambda *_: Done()),
     "copies-not-summed": lambda: patch.object(gradients.GradientReducer, "_sum_copies", lambda _: None),
-    "updated-weights-not-gathered": lambda: patch.object(step, "gather_weights", lambda *_: None),
+    "updated-weights-not-gathered": lambda: patch.object(weights.GatheredWeights, "updated", lambda _: None),
+    "weights-of-the-last-step-kept": lambda: patch.object(weights.ShardedWeights, "_attach", _keep_what_is_gathered),
+    "weights-not-gathered-for-the-backward-pass": lambda: patch.object(
+        weights._Layer, "begin_backward", _zeros_for_the_backward_pass
+    ),
+    "gradients-of-the-last-micro-batch-only": lambda: patch.object(
+        gradients.ShardedGradientReducer, "_accumulates", lambda *_: False
+    ),
+    "replicas-not-summed": lambda: patch.object(gradients.GradientReducer, "_sum_replicas", lambda *_: Done()),
+    "replicas-counted-in-norm": lambda: patch.object(clip.GradientNorm, "compute", _count_every_replica),
     "norm-not-reduced": lambda: patch.object(clip, "all_reduce", lambda tensor, _: tensor),
     "copies-counted-in-norm": lambda: patch.object(Bucket, "owned_pieces", _count_every_copy(Bucket.owned_pieces)),
     "loss-totals-not-reduced": lambda: patch.object(step, "all_reduce", lambda tensor, _: tensor),
@@ -183,7 +228,10 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     ),
     "inputs-gathered-not-waited": lambda: patch.object(layers, "start_all_gather", _unwaited(layers.start_all_gather)),
     "data-gradients-not-waited": lambda: patch.object(gradients.GradientReducer, "finish", _finish_without_waiting),
-    "weights-not-waited": lambda: patch.object(step, "gather_weights", _gather_without_waiting),
+    "weights-not-waited": lambda: patch.object(weights.BucketWeights, "wait", _take_weights_without_waiting),
+    "gradients-of-a-layer-not-waited": lambda: patch.object(
+        gradients.ShardedGradientReducer, "_settle", _settle_without_waiting
+    ),
     "message-not-waited": lambda: patch.object(engine._Mail, "take", _take_without_waiting),
     "message-around-the-ring-not-waited": lambda: patch.object(
         engine._Mail, "take", _take_around_the_ring_without_waiting(engine._Mail.take)

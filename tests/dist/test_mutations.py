@@ -15,6 +15,9 @@ TENSOR = Case("tp2", tensor=2)
 SEQUENCE = Case("tp2-sequence", tensor=2, sequence=True)
 DATA = Case("dp2", data=2)
 ZERO = Case("dp2-zero", data=2, zero=1)
+SHARDED = Case("dp2-sharded", data=2, zero=3)
+COPIED = Case("dp4-sharded-within-2", data=4, zero=3, zero_within=2)
+COPIED_STATE = Case("dp4-zero-within-2", data=4, zero=1, zero_within=2)
 UNCLIPPED = Case("dp2-unclipped", data=2, clip=0.0)  # clipping would make up for a wrong scale
 PIPELINE = Case("pp2", pipeline=2)
 CHUNKS = Case("pp2-four-chunks", pipeline=2, schedule="interleaved", chunks=4, layers=8)
@@ -44,6 +47,14 @@ TWINS = [
     ("row-bias-added-on-every-rank", GPT_SEQUENCE, False),
     ("positions-of-the-first-share", GPT_SEQUENCE, False),
     ("updated-weights-not-gathered", ZERO, False),
+    ("weights-of-the-last-step-kept", SHARDED, False),
+    ("weights-not-gathered-for-the-backward-pass", SHARDED, False),
+    ("gradients-of-the-last-micro-batch-only", SHARDED, False),
+    ("replicas-not-summed", COPIED, False),
+    ("replicas-not-summed", COPIED_STATE, False),
+    ("replicas-counted-in-norm", COPIED, False),
+    ("gradients-of-a-layer-not-waited", SHARDED, True),
+    ("weights-not-waited", SHARDED, True),
     ("norm-not-reduced", PIPELINE, False),
     ("norm-not-reduced", ZERO, False),
     ("copies-counted-in-norm", TIED, False),
@@ -89,7 +100,7 @@ def test_every_mutation_has_a_twin() -> None:
 def test_broken_program_is_noticed(mutation: str, case: Case, strict: bool, pools: Callable[[int], Pool]) -> None:
     reference = run_case(0, case.one_rank)
     try:
-        found = deviation(pools(2).run(run_case, case, strict, mutation), reference)
+        found = deviation(pools(case.grid.world_size).run(run_case, case, strict, mutation), reference)
     except WorkerError as error:
         assert "AssertionError" in str(error), error  # one of the program's own checks, not a broken mutation
         return

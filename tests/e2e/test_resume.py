@@ -26,6 +26,7 @@ INTERVAL = 5  # steps between checkpoints
 REPEATABLE = ("step", "loss", "grad_norm", "learning_rate", "consumed_tokens", "validation_loss")
 
 SHARDED = {"parallel.tensor": 2, "parallel.zero": 1}  # on 4 processes: tp 2 x dp 2
+FULLY_SHARDED = {"parallel.zero": 3, "train.micro_batch": 1}
 STAGES = {"parallel.pipeline": 2, "train.micro_batch": 1}  # on 2 processes
 
 
@@ -267,6 +268,8 @@ OTHER_GRIDS = {
         4,
         {"parallel.tensor": 2, "parallel.context": 2, "parallel.context_attention": "all_gather"},
     ),
+    "dp2 fully sharded": (2, FULLY_SHARDED),
+    "dp4 fully sharded within 2": (4, {**FULLY_SHARDED, "parallel.zero_within": 2}),
     "pp2 chunks": (2, {"parallel.pipeline": 2, "parallel.schedule": "interleaved", "parallel.chunks": 2}),
     "pp2 zero bubble": (2, {"parallel.pipeline": 2, "parallel.schedule": "zero_bubble", "parallel.layers": "[1, 3]"}),
 }
@@ -285,6 +288,15 @@ def test_what_chunks_saved_goes_on_without_them(fresh: MakeJob, finished: MakeJo
     undisturbed, job = finished(2, OTHER_GRIDS["pp2 chunks"][1]), fresh(1, {})
     job.run(checkpoint__load=undisturbed.save / f"step_{INTERVAL:07d}")
     assert relative_distance(job, undisturbed) <= 1e-6
+
+
+def test_what_full_sharding_saved_goes_on_whole_and_is_written_once(fresh: MakeJob, finished: MakeJob) -> None:
+    undisturbed, job = finished(2, FULLY_SHARDED), fresh(1, {})
+    start = undisturbed.save / f"step_{INTERVAL:07d}"
+    job.run(checkpoint__load=start)
+    assert relative_distance(job, undisturbed) <= 1e-6
+    sizes = [(start / f"weights-{rank:05d}.safetensors").stat().st_size for rank in range(2)]
+    assert max(sizes) < 0.6 * sum(sizes), "each rank writes its share of the weights"
 
 
 DOCUMENTS = {"data.document_mask": "true"}

@@ -81,8 +81,8 @@ def test_nothing_is_left_behind(tmp_path: Path, model: Transformer) -> None:
 def test_no_graph_is_built_and_gradients_are_left_alone(tmp_path: Path, model: Transformer) -> None:
     """What a training step has gathered so far stays, and the forward pass keeps no activations for a backward."""
     write_stream(tmp_path / "p", 30)
-    buckets = build_buckets(model, model.context.grad, zero=0, gradient_dtype=torch.float64)
-    GradientReducer(buckets, model.context, zero=0)
+    buckets = build_buckets(model, model.context.shard, zero=0, gradient_dtype=torch.float64)
+    GradientReducer(buckets, model.context)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
     for bucket in buckets:

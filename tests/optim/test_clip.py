@@ -14,7 +14,7 @@ from .conftest import MakeBuckets, set_gradients, slots
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norm_is_that_of_all_gradients(make_buckets: MakeBuckets, dtype: torch.dtype) -> None:
     buckets = make_buckets(dtype)
-    norm = GradientNorm(buckets, single_rank(), zero=0)
+    norm = GradientNorm(buckets, single_rank())
     set_gradients(buckets, 0)
     gradients = [gradient for _, _, gradient in slots(buckets)]
     expected = torch.nn.utils.get_total_norm([gradient.double() for gradient in gradients])
@@ -32,7 +32,7 @@ def test_norm_is_that_of_all_gradients(make_buckets: MakeBuckets, dtype: torch.d
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_norm_tells_what_is_not_finite(make_buckets: MakeBuckets, value: float) -> None:
     buckets = make_buckets(torch.float32)
-    norm = GradientNorm(buckets, single_rank(), zero=0)
+    norm = GradientNorm(buckets, single_rank())
     next(slots(buckets))[2][3] = value
     assert not torch.isfinite(norm.compute())
 
@@ -47,7 +47,7 @@ def test_clipping_is_that_of_torch(make_buckets: MakeBuckets, limit: float, toke
         parameters.append(torch.nn.Parameter(weight.clone()))
         parameters[-1].grad = gradient / tokens
     divisor = torch.tensor(tokens, dtype=torch.float64)
-    norm = GradientNorm(buckets, single_rank(), zero=0).compute()
+    norm = GradientNorm(buckets, single_rank()).compute()
     reported = torch.nn.utils.clip_grad_norm_(parameters, limit)
     torch.testing.assert_close(norm / divisor, reported, rtol=1e-13, atol=0.0)
     by = clip_divisor(norm, divisor, limit)

@@ -24,20 +24,20 @@ class RecordedWork:
 
 
 class Recorder:
-    """Member 0 of two, whose other member has the same inputs; until the end of a work outputs are NaN."""
+    """Member 0 of two or more, whose other members have the same inputs; until the end of a work outputs are NaN."""
 
-    def __init__(self, events: list[str], name: Callable[[torch.Tensor], str] = lambda _: "") -> None:
-        self.events, self._name = events, name
+    def __init__(self, events: list[str], name: Callable[[torch.Tensor], str] = lambda _: "", size: int = 2) -> None:
+        self.events, self._name, self._size = events, name, size
 
     def all_reduce(self, tensor: torch.Tensor, maximum: bool = False) -> Work:
-        result = tensor.clone() if maximum else 2 * tensor
+        result = tensor.clone() if maximum else self._size * tensor
         return self._start("all_reduce", tensor, tensor, result)
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
-        return self._start("all_gather", tensor, output, torch.cat((tensor, tensor)))
+        return self._start("all_gather", tensor, output, torch.cat([tensor] * self._size))
 
     def reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
-        return self._start("reduce_scatter", tensor, output, 2 * tensor.chunk(2)[0])
+        return self._start("reduce_scatter", tensor, output, self._size * tensor.chunk(self._size)[0])
 
     def send(self, tensor: torch.Tensor, peer: int) -> Work:
         raise AssertionError("nothing is sent here")

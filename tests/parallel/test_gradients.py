@@ -31,12 +31,12 @@ def make(events: list[str], zero: int, tied: bool = False) -> tuple[Transformer,
         return str([bucket.gradients.data_ptr() for bucket in buckets].index(tensor.data_ptr()))
 
     config = dataclasses.replace(MODEL, tie_word_embeddings=tied)
-    grad = Axis("grad", 0, 2, (0, 1), Recorder(events, number))
-    context = dataclasses.replace(single_rank(), grad=grad)
+    over = "shard" if zero else "replica"
+    context = dataclasses.replace(single_rank(), **{over: Axis(over, 0, 2, (0, 1), Recorder(events, number))})
     model = Transformer(config, context, torch.float64)
     initialize(model, config, 5)
-    buckets += build_buckets(model, grad, zero=zero, gradient_dtype=torch.float64, bucket_elements=2000)
-    return model, buckets, GradientReducer(buckets, context, zero=zero)
+    buckets += build_buckets(model, context.shard, zero=zero, gradient_dtype=torch.float64, bucket_elements=2000)
+    return model, buckets, GradientReducer(buckets, context)
 
 
 def watch(model: Transformer, events: list[str]) -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
-from megatron.model.initialize import initialize
+from megatron.model.initialize import initial_values
 from megatron.parallel.communicator import TorchCommunicator, Work, new_communicator
 from megatron.parallel.mesh import connect
 from megatron.plan.memory import peak_memory
@@ -71,13 +71,13 @@ def run(rank: int, config: RunConfig, model: ModelConfig, world_size: int) -> di
         sequence=plan.sequence_parallel,
         num_key_value_heads=model.num_key_value_heads,
         wraps=config.parallel.chunks > 1,
+        shard=plan.shard,
         make=lambda ranks: Counting(new_communicator(ranks, 60.0), sent),
     )
     recorder = Recorder()
     with recorder.watching() as recording:
         step = build_step(config, plan, model, context, torch.device("cpu"))
-        initialize(step.model, model, 1)
-        step.optimizer.reset_masters()
+        step.fill(initial_values(model, 1))
         batch = _batch(config, plan, torch.device("cpu"))
         step(batch, 1)
         sent.clear()

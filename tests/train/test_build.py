@@ -126,6 +126,7 @@ def test_one_process_and_nothing_stated() -> None:
         sequence_length=LONGEST,
         sequence_parallel=False,
         zero=0,
+        shard=1,
         samples=7 * 24,
         decay_steps=7,
         micro_batches=12,
@@ -145,6 +146,7 @@ def test_what_is_stated_is_taken() -> None:
         sequence_length=12,
         sequence_parallel=False,
         zero=0,
+        shard=1,
         samples=1000,
         decay_steps=5,
         micro_batches=6,
@@ -163,8 +165,23 @@ def test_optimizer_state_is_sharded_where_there_are_data_ranks(
     found = plan(world_size, parallel=parallel)
     assert (found.zero, found.micro_batches) == (zero, micro_batches)
     assert found.grid == Grid(tensor, 1, world_size // (tensor * pipeline), pipeline)
-    for stated in (0, 1):
-        assert plan(world_size, parallel={**parallel, "zero": stated}).zero == stated
+    ranks = found.grid.data
+    assert found.shard == ranks
+    for stated in (0, 1, 3):
+        taken = plan(world_size, parallel={**parallel, "zero": stated})
+        # One rank has nobody to divide anything among.
+        assert (taken.zero, taken.shard) == ((stated, ranks) if stated and ranks > 1 else (0, 1))
+
+
+def test_what_zero_divides_may_be_divided_within_groups() -> None:
+    for zero in (1, 3):
+        within = {within: plan(4, parallel={"zero": zero, "zero_within": within}) for within in (1, 2, 4)}
+        assert {key: (found.zero, found.shard) for key, found in within.items()} == {
+            1: (0, 1),
+            2: (zero, 2),
+            4: (zero, 4),
+        }
+    assert plan(4, parallel={"context": 2, "zero_within": 4}).shard == 4, "parts of sequences count too"
 
 
 @pytest.mark.parametrize(("tensor", "on"), [(1, False), (2, True), (4, True)])

@@ -31,9 +31,17 @@ def test_every_message_that_is_left_out_is_noticed() -> None:
     assert found.holds and found.largest.value < 1e-12
     uses = {mutation.use for mutation in found.mutations}
     assert {("tp", "all_gather"), ("tp", "reduce_scatter"), ("loss", "all_reduce")} <= uses
-    assert any(axis in ("grad", "data") and kind == "all_gather" for axis, kind in uses)
+    assert ("shard", "all_gather") in uses
     assert all(mutation.caught for mutation in found.mutations)
     assert "EQUIVALENT" in to_text(found, "megatron verify") and to_json(found)["equivalent"]
+
+
+def test_full_sharding_within_groups_is_certified_too() -> None:
+    found = run("dp=4", "--parallel.zero=3", "--parallel.zero_within=2", mutate=True)
+    assert found.holds and found.largest.value < 1e-12
+    uses = {mutation.use for mutation in found.mutations}
+    assert {("shard", "all_gather"), ("shard", "reduce_scatter"), ("replica", "all_reduce")} <= uses
+    assert all(mutation.caught for mutation in found.mutations)
 
 
 def test_a_mutation_that_is_not_noticed_spoils_the_certificate() -> None:

@@ -1,14 +1,15 @@
 """Planned weak and strong scaling of Llama-2-70B, 8 to 16,384 A100: a table, and a picture with `--picture FILE`.
 
-Strong: every step has 1,024 sequences of 4,096 tokens, however many GPUs share them. Weak: two sequences for each GPU.
-A layout stops paying at the first size whose GPUs, twice as many as before, do not even give a quarter more tokens/s, or
-where the batch no longer divides; it is named after the last size before. Nothing here is measured: it is what `megatron
+Strong: every step has 1,024 sequences of 4,096 tokens, however many GPUs share them. Weak: 2 sequences for each GPU.
+A layout stops paying where twice as many GPUs do not even give a quarter more tokens/s, or
+where the batch no longer divides. Nothing here is measured: it is what `megatron
 plan` says (docs/planner.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def last_that_pays(points: list[tuple[int, float]]) -> str:
     if not points:
         return "does not fit at any size"
     paying = points[0][0]
-    for (gpus, speed), (more, faster) in zip(points, points[1:], strict=False):
+    for (gpus, speed), (more, faster) in itertools.pairwise(points):
         if faster / speed < LEAST_GAIN * (more / gpus) / 2:
             break
         paying = more

@@ -1,8 +1,8 @@
 """Published training runs, to which the hardware figures are fitted: what was measured, and what plans them.
 
 SC'21: Narayanan et al., arXiv 2104.04473, Table 1, with micro-batches and layers per chunk from the run scripts. H100:
-the table of Megatron-LM's README (core 0.8), which states neither micro-batch nor chunks: as many chunks as there are
-layers of a stage up to 8, and micro-batches of 1 (2 without a pipeline, where each data rank has 4 samples). Meditron:
+the table of Megatron-LM's README (core 0.8), which states neither micro-batch nor chunks: as many chunks as divide the
+layers of a stage, up to 24, and micro-batches of 1 (2 without a pipeline, where each data rank has 4 samples). Meditron:
 arXiv 2311.16079, section 4.1, whose nodes have one adapter of unstated rate: 100 Gb/s is assumed. Llama-2-13B:
 torchtitan's docs/performance.md, planned with ZeRO-1 in place of full sharding.
 """
@@ -131,7 +131,7 @@ def h100() -> list[Row]:
     for billions, heads, hidden, layers, t, p, n, batch, tflops in _H100:
         model = gpt(hidden, heads, layers, 131072, 4096, rotary=True)
         flops = 72.0 * batch * 4096 * layers * hidden**2 * (1 + 4096 / (6 * hidden) + 131072 / (12 * layers * hidden))
-        chunks = max(count for count in range(1, 9) if (layers // p) % count == 0) if p > 1 else 1
+        chunks = max(count for count in range(1, 25) if (layers // p) % count == 0) if p > 1 else 1
         rows.append(
             Row(
                 f"H100 {billions}B",

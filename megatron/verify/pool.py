@@ -87,6 +87,7 @@ class Pool:
 def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import FileStore
 
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -94,7 +95,7 @@ def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
             job, arguments = pipe.recv()
             # Each job has a world of its own: what groups a job leaves behind keep threads of gloo awake.
             world = f"{store}-{number}"
-            dist.init_process_group("gloo", store=dist.FileStore(world, size), rank=rank, world_size=size)
+            dist.init_process_group("gloo", store=FileStore(world, size), rank=rank, world_size=size)
             try:
                 pipe.send((False, job(rank, *arguments)))
             except Exception:

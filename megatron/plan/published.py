@@ -2,9 +2,9 @@
 
 SC'21: Narayanan et al., arXiv 2104.04473, Table 1, with micro-batches and layers per chunk from the run scripts. H100:
 the table of Megatron-LM's README (core 0.8), which states neither micro-batch nor chunks: as many chunks as divide the
-layers of a stage, up to 24, and micro-batches of 1 (2 without a pipeline, where each data rank has 4 samples). Meditron:
-arXiv 2311.16079, section 4.1, whose nodes have one adapter of unstated rate: 100 Gb/s is assumed. Llama-2-13B:
-torchtitan's docs/performance.md, planned with ZeRO-1 in place of full sharding.
+layers of a stage, up to 24, and micro-batches of 1 (2 without a pipeline, where each data rank has 4 samples).
+Meditron: arXiv 2311.16079, section 4.1, whose nodes have one adapter of unstated rate: 100 Gb/s is assumed.
+Llama-2-13B: torchtitan's docs/performance.md.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def llama() -> list[Row]:
         "a100-80gb",
         "a100-4x200g",
         llama2_13b,
-        {"zero": 1},
+        {"zero": 3},
         {"global_batch": 128, "micro_batch": 2},
         4096,
     )

@@ -366,8 +366,8 @@ def _describe_run(
     )
     if plan.zero == 3 and grid.pipeline > 1:
         _logger.warning(
-            "parallel.zero=3 with parallel.pipeline=%d gathers all weights of a stage twice for each of %d micro-batches; "
-            "parallel.zero=1 gathers them once a step",
+            "parallel.zero=3 with parallel.pipeline=%d gathers all weights of a stage twice for each of %d "
+            "micro-batches; parallel.zero=1 gathers them once a step",
             grid.pipeline,
             plan.micro_batches,
         )

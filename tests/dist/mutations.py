@@ -55,17 +55,17 @@ def _finish_without_waiting(reducer: gradients.GradientReducer) -> None:
     reducer._sum_copies()
 
 
-def _take_weights_without_waiting(weights: Any) -> None:
-    weights.start()
-    weights._whole, weights._work = True, None
+def _take_weights_without_waiting(gathered: Any) -> None:
+    gathered.start()
+    gathered._whole, gathered._work = True, None
 
 
 def _zeros_for_the_backward_pass(layer: Any) -> None:
-    for weights in layer.weights:
-        if not weights._whole:
-            buckets.give_storage(weights.bucket.weights)
-            weights.bucket.weights.zero_()
-            weights._whole = True
+    for gathered in layer.weights:
+        if not gathered._whole:
+            buckets.give_storage(gathered.bucket.weights)
+            gathered.bucket.weights.zero_()
+            gathered._whole = True
 
 
 def _keep_what_is_gathered(model_weights: Any, units: Any, needs: Any) -> None:

@@ -407,7 +407,7 @@ REFUSED = {
     "data.order": {"data__order": "stable"},
     "data.seed": {"data__seed": 5},
     "data.sequence_length": {"data__sequence_length": 16},
-    "model.num_hidden_layers": {"model__num_hidden_layers": 4},
+    "model.num_hidden_layers": {"model__num_hidden_layers": 5},
     # more steps mean another order, which the message has to say
     "data.samples was 128": {"train__steps": STEPS + 4},
 }

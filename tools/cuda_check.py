@@ -27,7 +27,6 @@ from megatron.kernels.native import Kernel, Library
 from megatron.model.config import ModelConfig
 from megatron.model.transformer import Transformer
 from megatron.optim.clip import clip_divisor
-from megatron.parallel.gradients import gather_weights
 from megatron.parallel.mesh import single_rank
 from megatron.train.step import TrainingStep
 
@@ -69,7 +68,7 @@ def fake_step(device: torch.device, dtype: torch.dtype, spoil: Callable[[Trainin
         not_finite = torch.isfinite(norm).logical_not().to(torch.float32)
         count = torch.ones_like(norm)
         step.optimizer.step(1e-4, clip_divisor(norm, count, 1.0), not_finite)
-        gather_weights(step.buckets, context)
+        step.weights.updated()
         for name, tensor in {"loss": loss, "norm": norm, "weights": step.buckets[0].weights}.items():
             if tensor.device.type != device.type:
                 raise RuntimeError(f"the {name} ended on {tensor.device}, not on {device}")

@@ -17,14 +17,11 @@ from megatron.plan.result import Result
 
 QUICK = (
     "SC'21 1.7B",
-    "SC'21 3.6B",
-    "SC'21 7.5B",
     "SC'21 1008.0B",
     "Meditron-70B",
     "Llama-2-13B",
     "H100 1.7B",
     "H100 7.1B",
-    "H100 16B",
 )
 
 
@@ -50,7 +47,5 @@ def test_step_times(planned: list[tuple[Row, Result]]) -> None:
 
 def test_what_ran_fits(planned: list[tuple[Row, Result]]) -> None:
     for row, result in planned:
-        if row.name == "Llama-2-13B":
-            continue  # it ran with full sharding and its own recomputation
         print(f"{row.name}: {result.fullest.peak_bytes / 1e9:.1f} GB on stage {result.fullest.stage}")
         assert result.fits, row.name

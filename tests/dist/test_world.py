@@ -20,7 +20,7 @@ def _two_contexts(rank: int) -> tuple[float, float]:
     tensor, data = connect(Grid(tensor=2), rank), connect(Grid(data=2), rank)
     one, two = torch.tensor(float(rank)), torch.tensor(10.0 * rank)
     all_reduce(one, tensor.tp)
-    all_reduce(two, data.grad)
+    all_reduce(two, data.replica)
     assert tensor.grad.size == data.tp.size == 1
     return one.item(), two.item()
 

@@ -39,13 +39,17 @@ def test_axes_agree_with_each_other(grid: Grid, heads: int, data: st.DataObject)
     if grid.tensor % heads and heads % grid.tensor:
         return
     rank = data.draw(st.integers(0, grid.world_size - 1))
-    context = describe(grid, rank, num_key_value_heads=heads)
+    among = grid.data * grid.context
+    shard = data.draw(st.sampled_from([size for size in range(1, among + 1) if among % size == 0]))
+    context = describe(grid, rank, num_key_value_heads=heads, shard=shard)
     for axis in (
         context.tp,
         context.cp,
         context.pp,
         context.data,
         context.grad,
+        context.shard,
+        context.replica,
         context.loss,
         context.kv,
         context.world,
@@ -53,6 +57,9 @@ def test_axes_agree_with_each_other(grid: Grid, heads: int, data: st.DataObject)
         assert axis.ranks[axis.rank] == rank and len(axis.ranks) == axis.size
     assert context.tp.size * context.cp.size * context.pp.size * context.data.size == grid.world_size
     assert context.grad.size == grid.context * grid.data
+    assert context.shard.size == shard and context.shard.size * context.replica.size == context.grad.size
+    assert set(context.shard.ranks) & set(context.replica.ranks) == {rank}
+    assert context.grad.rank == context.replica.rank * shard + context.shard.rank, "shards are neighbours"
     assert context.loss.size * grid.tensor == grid.world_size
     assert context.cp.ranks == context.ring_even.ranks == context.ring_odd.ranks
     assert context.model.size == grid.tensor * grid.pipeline

@@ -8,10 +8,13 @@ from harness.contestants import Contestant, Workload
 from harness.trainer import Trainer, tensor_bytes
 from megatron.config.optimizer import OptimizerConfig
 from megatron.data.loader import MicroBatch
+from megatron.kernels.attention import compiled_causal_attention
+from megatron.kernels.vendor.select import VendorKernels
 from megatron.model.initialize import initialize
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Grid, ParallelContext, connect, single_rank
 from megatron.parallel.world import World, start_world
+from megatron.train.kernels import install
 from megatron.train.step import TrainingStep
 
 
@@ -29,6 +32,7 @@ def build(contestant: Contestant, workload: Workload, dtype: torch.dtype) -> Tra
         zero=int(contestant.data > 1),
         decay_steps=1000,
     )
+    install(VendorKernels(attend=compiled_causal_attention), model)
     step.optimizer.reset_masters()
     done = 0
 

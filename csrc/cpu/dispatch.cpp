@@ -50,3 +50,4 @@ MEGATRON_API bool megatron_use_isa(const char* isa) {
 #define MEGATRON_FORWARD(name, parameters, arguments) \
   MEGATRON_API int megatron_##name parameters { return chosen->name arguments; }
 MEGATRON_KERNELS(MEGATRON_FORWARD)
+MEGATRON_CPU_KERNELS(MEGATRON_FORWARD)

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include <omp.h>
+
 #include "../math/adamw.h"
 #include "../math/rotary.h"
 #include "../math/swiglu.h"

@@ -1,7 +1,7 @@
 // The kernels of one instruction set as a table of functions; the machine that runs them decides which table is used.
 #pragma once
 
-#include "../kernels.h"
+#include "attention.h"
 
 namespace megatron {
 
@@ -9,6 +9,7 @@ struct Table {
   const char* isa;
 #define MEGATRON_MEMBER(name, parameters, arguments) int(*name) parameters;
   MEGATRON_KERNELS(MEGATRON_MEMBER)
+  MEGATRON_CPU_KERNELS(MEGATRON_MEMBER)
 #undef MEGATRON_MEMBER
 };
 

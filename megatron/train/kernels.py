@@ -8,6 +8,7 @@ import torch
 
 from megatron.config.kernels import KernelsConfig
 from megatron.kernels import native
+from megatron.kernels.attention import compiled_causal_attention
 from megatron.kernels.eager_attention import eager_causal_attention
 from megatron.kernels.vendor.library import Place
 from megatron.kernels.vendor.select import VendorKernels, load_vendor_kernels
@@ -37,6 +38,8 @@ def choose_kernels(config: KernelsConfig, model: ModelConfig, tensor: int, world
             head_dim=model.head_dim,
         )
     )
+    if vendor.attend is None and device.type == "cpu" and native.in_use("cpu"):
+        vendor = replace(vendor, attend=compiled_causal_attention)
     if config.attention == "eager":
         words += "; eager attention, which keeps the probabilities of all pairs"
         vendor = replace(vendor, attend=eager_causal_attention)

@@ -295,4 +295,5 @@ def test_every_operation_was_checked_or_is_a_backward() -> None:
     names = {name.removesuffix(".default") for name in map(str, dict(OPERATIONS))}
     defined = {name for name in torch.ops.megatron if not name.startswith("_")}
     backwards = {"rms_norm_backward", "swiglu_backward", "rotary_join", "adamw_"}
-    assert {f"megatron.{name}" for name in defined - backwards} == names
+    elsewhere = {"ranged_attention", "ranged_attention_backward"}  # in test_attention.py
+    assert {f"megatron.{name}" for name in defined - backwards - elsewhere} == names

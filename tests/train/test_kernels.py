@@ -12,7 +12,7 @@ from megatron.config.kernels import KernelsConfig
 from megatron.config.load import load_config
 from megatron.config.optimizer import OptimizerConfig
 from megatron.kernels import native
-from megatron.kernels.attention import causal_attention
+from megatron.kernels.attention import causal_attention, compiled_causal_attention
 from megatron.kernels.eager_attention import eager_causal_attention
 from megatron.kernels.vendor.select import VendorKernels
 from megatron.model.attention import Attention
@@ -78,6 +78,12 @@ def test_eager_attention_is_chosen_once_and_said(world: World, caplog: pytest.Lo
     assert all(module.attend is eager_causal_attention for module in attentions)
     outcomes = [step(random_batch(2, seed=1), 1) for step in (fused, eager)]
     torch.testing.assert_close(outcomes[0].loss, outcomes[1].loss, rtol=1e-2, atol=0)
+
+
+def test_runs_on_the_cpu_use_the_compiled_attention(world: World) -> None:
+    vendor = choose_kernels(KernelsConfig(), MODEL, 1, world)
+    assert vendor.attend is (compiled_causal_attention if native.in_use("cpu") else None)
+    assert choose_kernels(KernelsConfig(backend="reference"), MODEL, 1, world).attend is None
 
 
 def make_step() -> TrainingStep:

@@ -1,93 +1,14 @@
-"""A pool of worker processes joined by gloo, kept between tests, since starting them costs most of a test's time."""
+"""Pools of worker processes joined by gloo, kept between tests, since starting them costs most of a test's time."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import multiprocessing
-import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from megatron.verify.pool import Pool, WorkerError
 
-class Pool:
-    """`size` processes that run jobs together. A job is a module-level function job(rank, *arguments)."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._workers: list[tuple[Any, Connection]] = []
-
-    def run(self, job: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
-        """Run the job on every rank and return the results in rank order; raises if any rank failed or hangs.
-
-        The pool is thrown away after a failure: what is left of it may wait for a rank that is gone.
-        """
-        if not self._workers:
-            self._start()
-        for _, pipe in self._workers:
-            pipe.send((job, arguments))
-        results: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout_s
-        while len(results) < self.size:
-            for rank, (_, pipe) in enumerate(self._workers):
-                if rank not in results and pipe.poll(0.001):
-                    failed, value = pipe.recv()
-                    if failed:
-                        self.close()
-                        raise WorkerError(f"rank {rank} of {self.size}:\n{value}")
-                    results[rank] = value
-            if time.monotonic() > deadline:
-                self.close()
-                raise WorkerError(f"ranks {sorted(set(range(self.size)) - set(results))} hang after {timeout_s} s")
-        return [results[rank] for rank in range(self.size)]
-
-    def close(self) -> None:
-        for process, pipe in self._workers:
-            pipe.close()
-            process.kill()
-            process.join()
-        self._workers = []
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        store = tempfile.mktemp(prefix="megatron-test-store-")
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.size, store, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours))
-
-
-class WorkerError(AssertionError):
-    """A job failed on some rank."""
-
-
-def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    with contextlib.suppress(EOFError):
-        for number in itertools.count():
-            job, arguments = pipe.recv()
-            # Each job has a world of its own: what groups a job leaves behind keep threads of gloo awake.
-            world = f"{store}-{number}"
-            dist.init_process_group("gloo", store=dist.FileStore(world, size), rank=rank, world_size=size)
-            try:
-                pipe.send((False, job(rank, *arguments)))
-            except BaseException:
-                pipe.send((True, traceback.format_exc()))
-                continue  # this pool is thrown away
-            dist.barrier()
-            dist.destroy_process_group()
-            Path(world).unlink(missing_ok=True)
+__all__ = ["Pool", "WorkerError", "pools"]
 
 
 @pytest.fixture(scope="session")

@@ -203,7 +203,7 @@ def test_full_sharding_holds_a_share_of_everything_and_two_layers(ranks: int, re
     most = share + 2 * (weights + gradients) * layer + gradients * layer / ranks + weights * layer / 2
     peak = peak_memory(recording).total
     print(f"{peak} bytes, a share is {share:.0f}, with two layers {most:.0f}; whole {18 * parameters}")
-    assert share < peak < 1.03 * most
+    assert share < peak < 1.05 * most
     assert layer * len(step.buckets) > 0.9 * parameters
     # So a third layer would be seen.
     assert (weights + gradients) * layer > 0.03 * most

@@ -17,12 +17,9 @@ from megatron.plan.result import Result
 
 QUICK = (
     "SC'21 1.7B",
-    "SC'21 3.6B",
     "SC'21 7.5B",
-    "SC'21 1008.0B",
     "Meditron-70B",
     "Llama-2-13B",
-    "H100 1.7B",
     "H100 7.1B",
     "H100 16B",
 )

@@ -130,7 +130,7 @@ def _help() -> str:
     lines = "".join(f"  {verb:<12}{_command(verb).HELP}\n" for verb in VERBS)
     return (
         "usage: megatron VERB ...\n\n"
-        "Continue pretraining Llama models: tensor, pipeline and data parallel, Hugging Face in and out.\n\n"
+        "Continue pretraining Llama models: tensor, context, pipeline and data parallel, Hugging Face in and out.\n\n"
         f"verbs:\n{lines}\n"
         "options:\n"
         "  -h, --help  show this; megatron VERB --help shows a verb's options\n"

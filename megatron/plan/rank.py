@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -47,7 +48,7 @@ class RankRecord:
         """The messages started in a stretch of events, in order."""
         return [event.message for event in self.recording.events[start:stop] if isinstance(event, Start)]
 
-    @property
+    @cached_property
     def _phases(self) -> dict[str, Phase]:
         return {phase.name: phase for phase in self.recording.phases if phase.start >= self.second_step}
 

@@ -41,7 +41,7 @@ def test_step_times(planned: list[tuple[Row, Result]]) -> None:
     errors = {row.name: result.step_s / row.step_s - 1.0 for row, result in planned}
     for name, error in errors.items():
         print(f"{name}: {error:+.1%}")
-    assert statistics.median(map(abs, errors.values())) <= 0.06  # over all runs it is below 0.05
+    assert statistics.median(map(abs, errors.values())) <= 0.06
     assert max(map(abs, errors.values())) <= 0.15
 
 

@@ -114,7 +114,7 @@ def run_step(rank: int, setting: Setting, store: str, pipe: Connection) -> None:
         slept.clear()
         dist.barrier()
         begin = time.perf_counter()
-        activations = Activations((8,), torch.float32, torch.device("cpu"))
+        activations = Activations([(8,)] * setting.micro_batches, torch.float32, torch.device("cpu"))
         run_stage(actions, stage, context, activations, chunks=setting.chunks, later=later)
         seconds = time.perf_counter() - begin
     pipe.send((seconds, sum(slept)))

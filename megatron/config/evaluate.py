@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron.config.key import key
+
+MetricName = Literal["perplexity", "accuracy", "instruct_accuracy", "count_loss_mask", "count_instruct_mask"]
 
 
 @dataclass(frozen=True)

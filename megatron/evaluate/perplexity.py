@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from megatron.data.dataset import Dataset
 from megatron.data.loader import BatchLoader, MicroBatch
+from megatron.evaluate.metrics import Markers, Tally, exponential
 from megatron.kernels.runs import Documents
 from megatron.model.stage import run_micro_batches
 from megatron.model.transformer import ChunkedTransformer, Transformer
@@ -19,15 +21,17 @@ from megatron.parallel.pipeline.schedule import forward_only
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats per token over `tokens` predictions."""
+    """Mean loss in nats per token over `tokens` predictions (the sum of their weights, where these differ); and the
+    metrics that were asked for."""
 
     loss: float
     tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700.0 else math.inf
+        return exponential(self.loss)
 
 
 def evaluate(
@@ -38,18 +42,21 @@ def evaluate(
     micro_batch: int,
     micro_batches: int = 1,
     document_mask: bool = False,
+    metrics: Sequence[str] = (),
+    markers: Markers | None = None,
 ) -> Evaluation:
-    """The mean loss over all samples of `dataset`; every rank gets the result.
+    """The mean loss, and the `metrics`, over all samples of `dataset`; every rank gets the result.
 
     Samples are dealt to the data ranks in turns of `micro_batches` × `micro_batch`; what the last turn lacks is filled
-    with samples that carry no loss. With `document_mask` attention stays within documents. `exchange` gathers texts
-    from all ranks: what one cannot read is an error on all.
+    with samples that carry no loss. With `document_mask` attention stays within documents. Some metrics need to know
+    the `markers` around messages. `exchange` gathers texts from all ranks: what one cannot read is an error on all.
     """
     context = model.context
     device = next(model.parameters()).device
     global_batch = micro_batch * micro_batches * context.data.size
     actions = forward_only(context.pp.size, micro_batches, len(model.chunks))[context.pp.rank]
     totals = torch.zeros(2, dtype=torch.float64, device=device)
+    tally = Tally(metrics, markers, context.cp, device)
     loader = BatchLoader(
         dataset,
         global_batch=global_batch,
@@ -64,11 +71,14 @@ def evaluate(
         rounds = math.ceil(len(dataset) / global_batch)
         batch = agree(exchange, loader.next_batch)
         for number in range(rounds):
-            totals += run_micro_batches(model, [to_device(micro_batch, device) for micro_batch in batch], actions)
+            present = [to_device(one, device) for one in batch]
+            first = number * global_batch + context.data.rank * micro_batch  # of this rank's rows
+            told = tally.round(present, len(dataset) - first, micro_batch * context.data.size) if metrics else None
+            totals += run_micro_batches(model, present, actions, measure=told)
             if number + 1 < rounds:  # behind the work just given to the device
                 batch = agree(exchange, loader.next_batch)
-    loss, tokens = all_reduce(totals, context.loss).tolist()
-    return Evaluation(loss / max(tokens, 1.0), round(tokens))
+    loss, tokens, *sums = all_reduce(torch.cat((totals, tally.sums)), context.loss).tolist()
+    return Evaluation(loss / tokens if tokens else 0.0, round(tokens), tally.figures(sums))
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -82,4 +92,5 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     documents = batch.documents
     if documents is not None:
         documents = Documents(copy(documents.starts), documents.most)
-    return MicroBatch(copy(batch.tokens), copy(batch.labels), documents)
+    weights = None if batch.loss_weights is None else copy(batch.loss_weights)
+    return MicroBatch(copy(batch.tokens), copy(batch.labels), documents, weights)

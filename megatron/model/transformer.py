@@ -14,7 +14,7 @@ from megatron.model.block import Block
 from megatron.model.config import ModelConfig
 from megatron.model.norm import make_norm
 from megatron.model.places import find_places
-from megatron.model.vocabulary import Head, make_embedding
+from megatron.model.vocabulary import Head, Measure, make_embedding
 from megatron.parallel.buckets import Unit
 from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.pipeline.partition import Part, cut, parts_of_stage
@@ -79,13 +79,16 @@ class Transformer(nn.Module):
         hidden: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         documents: Documents | None = None,
+        loss_weights: torch.Tensor | None = None,
+        measure: Measure | None = None,
     ) -> torch.Tensor:
         """This stage's part of the forward pass.
 
         tokens [b, s]; hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) from the stage before (None on
-        the first); labels [b, s] (global ids, or IGNORED); the `documents` within which attention and positions stay.
-        All are of this rank's part of the sequences. Returns hidden for the next stage; on the last one the sum of the
-        losses, a scalar, or without labels the logits [s, b, padded vocabulary/tp].
+        the first); labels [b, s] (global ids, or IGNORED) and, where they do not all count alike, their `loss_weights`
+        [b, s]; the `documents` within which attention and positions stay; `measure` as for the `Head`. All are of this
+        rank's part of the sequences. Returns hidden for the next stage; on the last one the sum of the losses, a
+        scalar, or without labels the logits [s, b, padded vocabulary/tp].
         """
         cp = self.context.cp
         batch, length = tokens.shape
@@ -99,16 +102,17 @@ class Transformer(nn.Module):
         if not self.is_last:
             return hidden if branch is None else hidden + branch
         _, normed = self.final_norm(hidden, branch)
-        return self.head(normed, labels)
+        return self.head(normed, labels, loss_weights, measure)
 
     def _rotary(self, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary tables for this length; made once, since all batches of a run are of one length."""
-        if self._tables is None or self._tables[0].shape[0] != sequence_length:
+        """Rotary tables for this length: the beginning of those for the longest so far."""
+        if self._tables is None or self._tables[0].shape[0] < sequence_length:
             like = next(self.parameters())
             self._tables = rotary_tables(
                 sequence_length, self.config.head_dim, self.config.rope_theta, like.dtype, like.device
             )
-        return self._tables
+        cos, sin = self._tables
+        return cos[:sequence_length], sin[:sequence_length]
 
 
 class ChunkedTransformer(nn.Module):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from megatron.model.config import ModelConfig
-from megatron.model.loss import head_loss
+from megatron.model.loss import Predictions, head_loss, head_predictions
 from megatron.parallel.layers import (
     ShardedParameter,
     column_linear,
@@ -17,6 +19,8 @@ from megatron.parallel.layers import (
 from megatron.parallel.layout import Piece, Region, ShardSpec
 from megatron.parallel.mesh import ParallelContext
 from megatron.utils.errors import ConfigError
+
+Measure = Callable[[Predictions], None]
 
 
 class Embedding(nn.Module):
@@ -103,12 +107,25 @@ class Head(nn.Module):
             weight = ShardedParameter.empty(vocabulary_spec(config, context, name), dtype, device)
         self.weight = weight
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        measure: Measure | None = None,
+    ) -> torch.Tensor:
         """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → logits [s, b, padded vocabulary/tp]; with labels
-        [b, s] the sum of the losses, a scalar, for which the logits never exist all at once."""
+        [b, s] the sum of the losses, a scalar, for which the logits never exist all at once; each times its weight,
+        where `loss_weights` [b, s] are given. `measure` is told of each prediction; it is for evaluation, without
+        gradients."""
         if labels is None:
             return column_linear(hidden, self.weight, self.context)
-        return head_loss(hidden, self.weight, labels.t(), self.vocab_size, self.context)
+        weights = None if loss_weights is None else loss_weights.t()
+        if measure is None:
+            return head_loss(hidden, self.weight, labels.t(), self.vocab_size, self.context, weights)
+        predictions = head_predictions(hidden, self.weight, labels.t(), self.vocab_size, self.context)
+        measure(predictions)
+        return (predictions.losses if weights is None else predictions.losses * weights).sum()
 
 
 def vocabulary_spec(config: ModelConfig, context: ParallelContext, name: str) -> ShardSpec:

@@ -37,6 +37,8 @@ class Case:
     context: int = 1
     context_attention: ContextAttention = "ring"
     documents: bool = False
+    weighted: bool = False
+    varied: bool = False
     data: int = 1
     pipeline: int = 1
     sequence: bool = False
@@ -137,7 +139,8 @@ class Result:
 def batches_of(case: Case, step: int, data_rank: int) -> list[MicroBatch]:
     """This data rank's micro-batches of a step: the same samples, dealt in Megatron's order, on any grid.
 
-    Ragged labels leave micro-batches with different numbers of loss-carrying tokens, one of them with none.
+    Ragged labels leave micro-batches with different numbers of loss-carrying tokens, one of them with none. Weighted,
+    labels count differently; varied, each micro-batch is of another length.
     """
     count = case.micro_batches * case.data * case.micro_batch
     generator = torch.Generator().manual_seed(100 + step)
@@ -147,12 +150,15 @@ def batches_of(case: Case, step: int, data_rank: int) -> list[MicroBatch]:
         for row in range(count):
             labels[row, SEQUENCE_LENGTH - (5 * row) % (SEQUENCE_LENGTH + 1) :] = -1
     starts = _document_starts(count, generator)
+    weights = torch.rand((count, SEQUENCE_LENGTH), generator=generator) if case.weighted else None
     result = []
     for number in range(case.micro_batches):
         start = (number * case.data + data_rank) * case.micro_batch
         some = slice(start, start + case.micro_batch)
-        documents = Documents(starts[some], SEQUENCE_LENGTH) if case.documents else None
-        result.append(MicroBatch(tokens[some], labels[some], documents))
+        length = SEQUENCE_LENGTH - 4 * ((number * case.data + data_rank) % 4) if case.varied else SEQUENCE_LENGTH
+        part = (some, slice(length))
+        documents = Documents(starts[part], SEQUENCE_LENGTH) if case.documents else None
+        result.append(MicroBatch(tokens[part], labels[part], documents, None if weights is None else weights[part]))
     return result
 
 

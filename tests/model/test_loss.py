@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.model import loss
-from megatron.model.loss import IGNORED, head_loss
+from megatron.model.loss import IGNORED, head_loss, head_predictions
 from megatron.parallel.mesh import single_rank
 from megatron.parallel.weight_gradient import GradientSink, attach_sink
 
@@ -49,6 +49,44 @@ def test_values_and_gradients_are_those_of_torch(padded: int) -> None:
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
     assert (mine[0][6] == 0).all() and (mine[1][VOCABULARY:] == 0).all()
+
+
+@pytest.mark.usefixtures("chunks")
+def test_each_loss_counts_by_its_weight() -> None:
+    hidden, weight, labels = example()
+    loss_weights = torch.rand(3, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    loss_weights[2, 5] = 0.0
+    found = head_loss(hidden, weight, labels.t(), VOCABULARY, ALONE, loss_weights.t())
+    logits = (hidden @ weight[:VOCABULARY].t()).transpose(0, 1)
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    expected = (each * loss_weights.flatten()).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0.0)
+    mine, theirs = (torch.autograd.grad(value, (hidden, weight)) for value in (found, expected))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+    assert (mine[0][5, 2] == 0).all() and mine[0][5, 1].any()
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("padded", [61, 128])
+def test_predictions_are_the_losses_and_whether_the_label_is_likeliest(padded: int) -> None:
+    hidden, weight, labels = example(padded)
+    logits = (hidden @ weight[:VOCABULARY].t()).transpose(0, 1)
+    labels[0, 10:30] = logits[0, 10:30].argmax(dim=-1)
+    with torch.no_grad():
+        weight[VOCABULARY:] = 1e9
+    found = head_predictions(hidden, weight, labels.t(), VOCABULARY, ALONE)
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(found.losses, each.view_as(labels).t(), rtol=1e-12, atol=1e-14)
+    assert found.losses.dtype == torch.float64 and not found.losses.requires_grad
+    expected = logits.argmax(dim=-1) == labels
+    assert torch.equal(found.correct, expected.t()) and 20 <= expected.sum() < 40
+
+
+def test_of_equally_likely_tokens_the_first_is_the_prediction() -> None:
+    weight = torch.tensor([[0.0], [1.0], [1.0]])
+    found = head_predictions(torch.ones(2, 1, 1), weight, torch.tensor([[1], [2]]), 3, ALONE)
+    assert found.correct.flatten().tolist() == [True, False]
 
 
 @pytest.mark.usefixtures("chunks")

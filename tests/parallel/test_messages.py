@@ -71,7 +71,7 @@ def test_messages_travel_behind_the_computation(schedule: ScheduleName) -> None:
         events.append(f"B{micro_batch}")
         later.keep(lambda: events.append(f"W{micro_batch}"))  # where the schedule puts it off
 
-    activations = Activations((4, 1, 2), torch.float64, torch.device("cpu"))
+    activations = Activations([(4, 1, 2)] * MICRO_BATCHES, torch.float64, torch.device("cpu"))
     run_stage(actions, stage, middle_stage(events), activations, later=later)
     done = [label(action).replace("I", "B") for action in actions]
     assert [event for event in events if event[0] in "FBW"] == done

@@ -42,14 +42,14 @@ class StageFunction(Protocol):
 
 @dataclass(frozen=True)
 class Activations:
-    """Shape, dtype and device of what travels between stages."""
+    """What travels between stages: of each micro-batch the shape, of all the dtype and device."""
 
-    shape: tuple[int, ...]
+    shapes: Sequence[tuple[int, ...]]
     dtype: torch.dtype
     device: torch.device
 
-    def empty(self) -> torch.Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def empty(self, micro_batch: int) -> torch.Tensor:
+        return torch.empty(self.shapes[micro_batch], dtype=self.dtype, device=self.device)
 
 
 @dataclass
@@ -68,7 +68,7 @@ class _Mail:
             return
         source = incoming(action, self.context.pp.rank, self.context.pp.size, self.chunks)
         if source is not None:
-            buffer = self.activations.empty()
+            buffer = self.activations.empty(action.micro_batch)
             self.expected[action] = (buffer, self._axis(source).comm.receive(buffer, source.sender))
 
     def take(self, action: Action) -> torch.Tensor | None:

@@ -1,19 +1,38 @@
 """The two libraries: SentencePiece (`tokenizer.model`) and Hugging Face's `tokenizers` (`tokenizer.json`).
 
-Each is imported only when one of its files is opened. `transformers`' tokenizers are never used: built from a
-`tokenizer.model` alone, its LlamaTokenizer gives other ids than SentencePiece wherever white space runs.
+Each is imported only when one of its files is opened, and its ids are right by definition. `transformers`' tokenizers
+are never used: built from a `tokenizer.model` alone, its LlamaTokenizer gives other ids than SentencePiece wherever
+white space runs.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron.tokenizer.cuts import Cutter, MarkedSpaceCutter, WordCutter
+from megatron.tokenizer.forms import SPACE_MARK, Form, hugging_face_form, sentencepiece_form
+from megatron.tokenizer.model_file import ModelFile, PieceKind
 from megatron.utils.errors import DataError
+
+# How GPT-4, Llama-3 and Qwen2 split a text into words. As in GPT-2's, a space between two letters begins a word.
+_WORD_PATTERNS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    for digits in (r"\p{N}{1,3}", r"\p{N}")
+}
+_MARKING = [
+    {"type": "Prepend", "prepend": SPACE_MARK},
+    {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
+]
 
 
 class SentencePieceBackend:
     """A `tokenizer.model`. Control pieces such as `<s>` never come out of text."""
+
+    name = "SentencePiece"
 
     def __init__(self, path: Path, content: bytes) -> None:
         import sentencepiece
@@ -25,7 +44,9 @@ class SentencePieceBackend:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from error
         if not loaded:
             raise DataError(f"{path} is not a SentencePiece model: it holds no pieces")
-        eos = self._processor.eos_id()
+        self._content = content
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_id: int | None = bos if bos >= 0 else None
         self.eos_id: int | None = eos if eos >= 0 else None
 
     def pieces(self) -> dict[int, str]:
@@ -35,6 +56,10 @@ class SentencePieceBackend:
     def literals(self) -> dict[str, int]:
         return {}  # SentencePiece finds its user-defined symbols itself
 
+    def controls(self) -> dict[str, int]:
+        pieces = self.pieces()
+        return {pieces[identity]: identity for identity in pieces if self._processor.is_control(identity)}
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
         return ids
@@ -43,12 +68,25 @@ class SentencePieceBackend:
         text: str = self._processor.decode(list(ids))
         return text
 
+    def form(self) -> Form:
+        return sentencepiece_form(ModelFile.parse(self._content))
+
+    def cutter(self) -> Cutter | None:
+        model = ModelFile.parse(self._content)
+        marks = model.marks_spaces and model.adds_leading_space and not model.space_as_suffix
+        if not (model.is_bpe and model.byte_fallback and marks) or model.has_character_map:
+            return None
+        fixed = (PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.BYTE)
+        return MarkedSpaceCutter(piece.text for piece in model.pieces if piece.kind not in fixed)
+
 
 class HuggingFaceBackend:
     """A `tokenizer.json`. Its special tokens are never read out of text, except those added after its own vocabulary.
 
     `bos` and `eos` are the sentence tokens that the files beside it name, if any.
     """
+
+    name = "tokenizers"
 
     def __init__(self, path: Path, content: bytes, *, bos: str | None, eos: str | None) -> None:
         import tokenizers
@@ -60,7 +98,9 @@ class HuggingFaceBackend:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # special tokens in a text are text
+        self._content = content
         self._sentence_tokens = {bos, eos}
+        self.bos_id: int | None = self._tokenizer.token_to_id(bos) if bos is not None else None
         self.eos_id: int | None = self._tokenizer.token_to_id(eos) if eos is not None else None
 
     def pieces(self) -> dict[int, str]:
@@ -68,12 +108,19 @@ class HuggingFaceBackend:
 
     def literals(self) -> dict[str, int]:
         own = self._tokenizer.get_vocab(with_added_tokens=False)
-        added = sorted(self._tokenizer.get_added_tokens_decoder().items())
         return {
-            token.content: identity
-            for identity, token in added
-            if token.special and token.content not in own and token.content not in self._sentence_tokens
+            token: identity
+            for token, identity in self._special().items()
+            if token not in own and token not in self._sentence_tokens
         }
+
+    def controls(self) -> dict[str, int]:
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        return {token: identity for token, identity in self._special().items() if token != unknown}
+
+    def _special(self) -> dict[str, int]:
+        added = sorted(self._tokenizer.get_added_tokens_decoder().items())
+        return {token.content: identity for identity, token in added if token.special}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -82,3 +129,30 @@ class HuggingFaceBackend:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
+
+    def form(self) -> Form:
+        return hugging_face_form(self._content)
+
+    def cutter(self) -> Cutter | None:
+        whole: dict[str, Any] = json.loads(self._content)
+        plain = any(not token.get("special") for token in whole.get("added_tokens") or [])
+        model, normalizer, splitter = (whole.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer"))
+        if plain or model.get("type", "BPE") != "BPE":
+            return None
+        if not splitter and normalizer.get("normalizers") == _MARKING and model.get("byte_fallback"):
+            return MarkedSpaceCutter(model["vocab"])
+        return WordCutter() if not normalizer and _splits_into_words(splitter) else None
+
+
+def _splits_into_words(splitter: dict[str, Any]) -> bool:
+    """Whether a pre_tokenizer of a tokenizer.json is GPT-2's, or another of which it is known how it splits."""
+    if splitter.get("type") == "ByteLevel":
+        return bool(splitter.get("use_regex", True))
+    parts = splitter.get("pretokenizers") or []
+    return (
+        [part.get("type") for part in parts] == ["Split", "ByteLevel"]
+        and parts[0].get("pattern", {}).get("Regex") in _WORD_PATTERNS
+        and parts[0].get("behavior") == "Isolated"
+        and not parts[0].get("invert")
+        and not parts[1].get("use_regex", True)
+    )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.tokenizer import gpt2
 from megatron.tokenizer.backends import HuggingFaceBackend, SentencePieceBackend
 from megatron.tokenizer.tokenizer import Backend, Tokenizer
 from megatron.utils.errors import ConfigError, DataError
@@ -20,12 +21,16 @@ _QUOTES = "'\"“”‘’"
 
 
 def find_tokenizer(folder: str | Path) -> Path | None:
-    """The tokenizer file of a folder, `tokenizer.model` before `tokenizer.json`, or None."""
-    return next((path for name in (_MODEL, _JSON) if (path := Path(folder) / name).is_file()), None)
+    """The tokenizer file of a folder: `tokenizer.model` before `tokenizer.json` before GPT-2's `vocab.json` with
+    `merges.txt`; or None. Raises DataError for several vocabularies.
+    """
+    named = (path for name in (_MODEL, _JSON) if (path := Path(folder) / name).is_file())
+    return next(named, None) or gpt2.find_vocabulary(Path(folder))
 
 
 def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokenizer:
-    """Open a SentencePiece model or a `tokenizer.json`, or the one in a folder.
+    """Open a SentencePiece model, a `tokenizer.json`, or GPT-2's `vocab.json` with `merges.txt` beside it; or the one
+    in a folder.
 
     Added tokens that the files beside it name keep their ids; `extra_tokens` follow, in order, except those that are
     pieces already, which keep their id. Both become their id where they occur in a text. Raises DataError for a
@@ -41,6 +46,7 @@ def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokeni
     pieces = backend.pieces()
     literals = backend.literals()
     literals.update({token: identity for token, identity in added.items() if token not in _sentence_tokens(folder)})
+    literal_ids = added | backend.controls()
     known = {piece: identity for identity, piece in pieces.items()} | added
     next_id = max(known.values(), default=-1) + 1
     _check_extra(extra_tokens)
@@ -49,9 +55,8 @@ def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokeni
             known[token] = added[token] = next_id
             next_id += 1
         literals.setdefault(token, known[token])
-    beside = [folder / name for name in (_MODEL, _JSON, _CONFIG, _SPECIAL, _ADDED)]
-    files = [file, *(other for other in beside if other != file and other.is_file())]
-    return Tokenizer(backend, added=added, literals=literals, files=files)
+        literal_ids.setdefault(token, known[token])
+    return Tokenizer(backend, added=added, literals=literals, literal_ids=literal_ids, files=_files(file))
 
 
 def read_extra_tokens(argument: str) -> list[str]:
@@ -80,8 +85,17 @@ def _resolve(path: Path) -> Path:
         raise DataError(f"there is no tokenizer at {path}; give a {_MODEL}, a {_JSON}, or a folder that holds one")
     found = find_tokenizer(path)
     if found is None:
-        raise DataError(f"the folder {path} holds neither {_MODEL} nor {_JSON}; name the tokenizer's file")
+        raise DataError(
+            f"the folder {path} holds neither {_MODEL} nor {_JSON}, nor vocab.json with merges.txt; "
+            "name the tokenizer's file"
+        )
     return found
+
+
+def _files(file: Path) -> list[Path]:
+    """A tokenizer's file and those beside it that belong to it."""
+    beside = [gpt2.find_merges(file), *(file.parent / name for name in (_MODEL, _JSON, _CONFIG, _SPECIAL, _ADDED))]
+    return [file, *(other for other in beside if other is not None and other != file and other.is_file())]
 
 
 def _open(file: Path, content: bytes) -> tuple[Backend, dict[str, int]]:
@@ -89,6 +103,13 @@ def _open(file: Path, content: bytes) -> tuple[Backend, dict[str, int]]:
     folder = file.parent
     if content.lstrip()[:1] == b"{":
         bos, eos = (_sentence_token(folder, name) for name in ("bos_token", "eos_token"))
+        if merges := gpt2.find_merges(file):
+            content = gpt2.combine(file, content, merges)
+            bos, eos = bos or gpt2.END_OF_TEXT, eos or gpt2.END_OF_TEXT
+        elif file.stem.endswith("vocab"):
+            raise DataError(
+                f"{file} is a vocabulary alone; its merges are looked for in {gpt2.merges_of(file).name} beside it"
+            )
         return HuggingFaceBackend(file, content, bos=bos, eos=eos), {}
     backend = SentencePieceBackend(file, content)
     return backend, _added_tokens(folder, backend.pieces())

@@ -3,34 +3,46 @@
 This module owns the rule for literal tokens in text. A tokenizer's own control tokens (`<s>`, `</s>`) written out in a
 text are text: a document cannot end itself. Tokens that were added after the tokenizer's own pieces become their
 id wherever they occur, and the text between them is encoded piece by piece, each with its own leading space mark, as
-Megatron-LLM does.
+Megatron-LLM does. As a choice (`special_tokens="ids"`) control tokens become ids as well, which is Megatron-LLM's rule.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from megatron.tokenizer.cuts import PART_CHARACTERS, Cutter
+from megatron.tokenizer.engines import Engine, Library, choose_engine
+from megatron.tokenizer.forms import pattern_of
+from megatron.utils.errors import DataError
+
+SpecialTokens = Literal["text", "ids"]
+"""What a control token that is written out in a text becomes."""
 
 
-class Backend(Protocol):
+class Backend(Library, Protocol):
     """A library's tokenizer: text without literal tokens to ids, and back."""
 
+    bos_id: int | None
     eos_id: int | None
-
-    def pieces(self) -> dict[int, str]:
-        """Every id with its piece."""
-        ...
 
     def literals(self) -> dict[str, int]:
         """Tokens among `pieces` that become their id when they occur in a text."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, all of which is text. No beginning or end of sentence is added."""
+    def controls(self) -> dict[str, int]:
+        """Tokens among `pieces` that stand for no text, such as those that begin and end a sentence."""
+        ...
+
+    def cutter(self) -> Cutter | None:
+        """Cuts long texts where that changes no id; None if it is not known where that is."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -38,46 +50,125 @@ class Backend(Protocol):
         ...
 
 
+class _Literals:
+    """Tokens that become ids where they occur in a text."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._ids = dict(ids)
+        self._pattern = pattern_of(ids)
+        self._first_characters = sorted({token[0] for token in ids})
+
+    def occur_in(self, text: str) -> bool:
+        # Most texts lack the first characters, and to look for one character is many times as fast.
+        if self._pattern is None or not any(character in text for character in self._first_characters):
+            return False
+        return self._pattern.search(text) is not None
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """The texts between tokens, none empty, and the ids of tokens."""
+        if self._pattern is None:
+            yield text
+            return
+        # Splitting by a pattern in parentheses gives text and tokens in turn.
+        for at, part in enumerate(self._pattern.split(text)):
+            if at % 2:
+                yield self._ids[part]
+            elif part:
+                yield part
+
+
 class Tokenizer:
     """Text to ids and back, with added tokens.
 
     `added` are tokens with ids past the backend's pieces; `literals` are all tokens that become their id where they
-    occur in a text, the one first in the mapping where two start at the same place. `files` are to be kept beside a
-    checkpoint.
+    occur in a text, the one first in the mapping where two start at the same place, and `literal_ids` the same under
+    `special_tokens="ids"`. `files` are to be kept beside a checkpoint.
     """
 
     def __init__(
-        self, backend: Backend, *, added: Mapping[str, int], literals: Mapping[str, int], files: Sequence[Path]
+        self,
+        backend: Backend,
+        *,
+        added: Mapping[str, int],
+        literals: Mapping[str, int],
+        literal_ids: Mapping[str, int],
+        files: Sequence[Path],
     ) -> None:
         self._backend = backend
         self._pieces = backend.pieces()
         self._pieces.update({identity: token for token, identity in added.items()})
         self._ids = {piece: identity for identity, piece in self._pieces.items()}
-        self._literals = dict(literals)
+        self._literals: dict[SpecialTokens, _Literals] = {"text": _Literals(literals), "ids": _Literals(literal_ids)}
         self._added_ids = set(added.values())
-        pattern = "|".join(re.escape(token) for token in literals)
-        self._pattern = re.compile(f"({pattern})") if pattern else None
         self.added_tokens = sorted(added, key=lambda token: added[token])
         self.vocab_size = max(self._pieces, default=-1) + 1
+        self.bos_id = backend.bos_id
         self.eos_id = backend.eos_id
         self.files = list(files)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text: no beginning or end of sentence is added, and none is read out of the text."""
-        if self._pattern is None:
-            return self._backend.encode(text) if text else []
+    @property
+    def engine(self) -> str:
+        """The name of what encodes batches; choosing it takes a moment the first time, and is told in the log."""
+        return self._engine.name
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return choose_engine(self._backend)
+
+    @cached_property
+    def _cutter(self) -> Cutter | None:
+        return self._backend.cutter()
+
+    def encode(self, text: str, special_tokens: SpecialTokens = "text") -> list[int]:
+        """The ids of a text, by the tokenizer's own library: no beginning or end of sentence is added, and none is
+        read out of the text unless `special_tokens` is "ids". Raises DataError for half of a surrogate pair.
+        """
+        _check_text(text)
         ids: list[int] = []
-        # Splitting by a pattern in parentheses gives text and tokens in turn.
-        for at, part in enumerate(self._pattern.split(text)):
-            if at % 2:
-                ids.append(self._literals[part])
+        for part in self._literals[special_tokens].split(text):
+            if isinstance(part, int):
+                ids.append(part)
             elif part:
                 ids.extend(self._backend.encode(part))
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
-        return [self.encode(text) for text in texts]
+    def encode_batch(
+        self, texts: Sequence[str], dtype: DTypeLike = np.int32, special_tokens: SpecialTokens = "text"
+    ) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        """The ids of all texts back to back in `dtype`, which must hold them, and how many each text has: those that
+        `encode` gives, by the fastest engine. Raises DataError for half of a surrogate pair.
+        """
+        literals = self._literals[special_tokens]
+        runs: list[NDArray[np.integer]] = [np.empty(0, dtype)]
+        sizes = np.zeros(len(texts), np.int64)
+        for number, text in enumerate(texts):
+            if len(text) > PART_CHARACTERS or literals.occur_in(text):
+                parts = list(self._encode_parts(text, dtype, literals))
+                sizes[number] = sum(map(len, parts))
+                runs += parts
+            elif text:
+                runs.append(self._encode_run(text, dtype))
+                sizes[number] = len(runs[-1])
+        return np.concatenate(runs, dtype=dtype, casting="unsafe"), sizes
+
+    def _encode_parts(self, text: str, dtype: DTypeLike, literals: _Literals) -> Iterator[NDArray[np.integer]]:
+        """The ids of a text with literal tokens, or so long that it is cut."""
+        for part in literals.split(text):
+            if isinstance(part, int):
+                yield np.array([part], dtype)
+            elif len(part) > PART_CHARACTERS and self._cutter is not None:
+                for piece, left_out in self._cutter.parts(part):
+                    yield self._encode_run(piece, dtype)[left_out:].astype(dtype)
+            elif part:
+                yield self._encode_run(part, dtype)
+
+    def _encode_run(self, text: str, dtype: DTypeLike) -> NDArray[np.integer]:
+        try:
+            ids = self._engine.encode(text)
+        except Exception:  # each engine has an error of its own for what is no text
+            _check_text(text)
+            raise
+        return ids if isinstance(ids, np.ndarray) else np.array(ids, dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; added tokens appear as they are written, with no space around them."""
@@ -104,3 +195,13 @@ class Tokenizer:
         """
         content = json.dumps(sorted(self._pieces.items()), separators=(",", ":"))
         return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"a text holds half of a surrogate pair (\\u{ord(text[error.start]):04x} at character {error.start}), "
+            "which stands for no character; replace it, as Python's errors='replace' does"
+        ) from error

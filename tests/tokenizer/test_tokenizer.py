@@ -50,7 +50,9 @@ def test_text_survives_there_and_back(model_folder: Path, text: str) -> None:
     tokenizer = load_tokenizer(model_folder, ["<x>"])
     plain = text.replace("▁", "_").replace("\x00", "")  # SentencePiece's own marks
     assert tokenizer.decode(tokenizer.encode(plain)) == plain
-    assert tokenizer.encode_batch([plain, plain]) == [tokenizer.encode(plain)] * 2
+    tokens, sizes = tokenizer.encode_batch([plain, plain])
+    assert tokens.tolist() == tokenizer.encode(plain) * 2
+    assert sizes.tolist() == [len(tokenizer.encode(plain))] * 2
 
 
 def test_what_both_say_of_themselves(model_folder: Path, json_folder: Path) -> None:

@@ -64,6 +64,9 @@ class _Literals:
             return False
         return self._pattern.search(text) is not None
 
+    def find_in(self, text: str) -> list[str]:
+        return self._pattern.findall(text) if self.occur_in(text) and self._pattern is not None else []
+
     def split(self, text: str) -> Iterator[str | int]:
         """The texts between tokens, none empty, and the ids of tokens."""
         if self._pattern is None:
@@ -181,6 +184,10 @@ class Tokenizer:
             else:
                 run.append(identity)
         return "".join([*parts, self._backend.decode(run)])
+
+    def special_tokens_in(self, text: str) -> list[str]:
+        """The tokens written out in a text that become ids under `special_tokens="ids"`, each as often as it occurs."""
+        return self._literals["ids"].find_in(text)
 
     def token_id(self, piece: str) -> int | None:
         """The id of a piece as the vocabulary writes it (`▁the`, `</s>`), or None."""

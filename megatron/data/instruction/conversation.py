@@ -1,0 +1,112 @@
+"""What a line of JSON says: a conversation, or what is wrong with it.
+
+Either under `messages` (each with `role` and `content`), or as a question and its answer under keys of their own,
+perhaps with a system's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.data.instruction.pair import Role
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+ROLES = {
+    SYSTEM: Role.SYSTEM,
+    "developer": Role.SYSTEM,
+    USER: Role.PROMPTER,
+    "tool": Role.PROMPTER,
+    ASSISTANT: Role.ASSISTANT,
+}
+
+Message = Mapping[str, Any]  # `role`, `content`, and what else a chat template may read
+
+
+class BadConversation(Exception):
+    """Why a conversation cannot be used."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where a line has its conversation: `messages`, or else a `question`, its `answer`, and a `system` text if any."""
+
+    messages: str | None = "messages"
+    question: str = "input"
+    answer: str = "output"
+    system: str | None = None
+
+    @property
+    def rule(self) -> str:
+        """What every line must be, in words."""
+        if self.messages is not None:
+            return f"every line must be a JSON object with a list of messages (role, content) under {self.messages!r}"
+        keys = [self.question, self.answer] + ([self.system] if self.system else [])
+        return f"every line must be a JSON object with a text under {', '.join(map(repr, keys))}"
+
+
+def read_conversation(line: Mapping[str, Any], keys: Keys) -> list[Message]:
+    """The messages of a line, checked: known roles, texts, at least one answer and none empty.
+
+    Raises BadConversation.
+    """
+    messages = _question_and_answer(line, keys) if keys.messages is None else _messages(line, keys.messages)
+    answers = [message["content"] for message in messages if message["role"] == ASSISTANT]
+    if not answers:
+        raise BadConversation("it has no message of the role 'assistant', so there is nothing to learn")
+    if not all(answer.strip() for answer in answers):
+        raise BadConversation("an answer is empty: the model would learn to say nothing")
+    return messages
+
+
+def _question_and_answer(line: Mapping[str, Any], keys: Keys) -> list[Message]:
+    messages: list[Message] = []
+    named = [(SYSTEM, keys.system), (USER, keys.question), (ASSISTANT, keys.answer)]
+    for role, key in named:
+        if key is None or (role == SYSTEM and key in line and line[key] is None):
+            continue
+        if key not in line:
+            raise BadConversation(f"no key {key!r} (it has {', '.join(map(repr, list(line)[:8])) or 'none'})")
+        messages.append({"role": role, "content": _text(line[key], f"the value of {key!r}")})
+    return messages
+
+
+def _messages(line: Mapping[str, Any], key: str) -> list[Message]:
+    if key not in line:
+        raise BadConversation(f"no key {key!r} (it has {', '.join(map(repr, list(line)[:8])) or 'none'})")
+    messages = line[key]
+    if not isinstance(messages, list) or not messages:
+        raise BadConversation(f"the value of {key!r} is not a list of messages but {kind(messages)}")
+    return [_message(message, number) for number, message in enumerate(messages, start=1)]
+
+
+def _message(message: Any, number: int) -> Message:
+    if not isinstance(message, dict):
+        raise BadConversation(f"message {number} is not an object but {kind(message)}")
+    for key in ("role", "content"):
+        if key not in message:
+            raise BadConversation(f"message {number} has no {key!r} (it has {', '.join(map(repr, message)) or 'none'})")
+    role = message["role"]
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadConversation(f"message {number} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
+    _text(message["content"], f"the content of message {number}")
+    return message
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise BadConversation(f"{what} is not text but {kind(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadConversation(
+            f"{what} holds half of a surrogate pair (\\u{ord(value[error.start]):04x}), which is not text"
+        ) from error
+    return value
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else "an empty list" if value == [] else names[type(value)]

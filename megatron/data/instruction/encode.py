@@ -1,0 +1,57 @@
+"""Lines of JSON to the tokens of conversations and their roles. This module must not know in which process it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.data.instruction.chat_template import find_chat_template, read_chat_template
+from megatron.data.instruction.conversation import BadConversation, Keys, Message, read_conversation
+from megatron.data.instruction.pair import Role
+from megatron.data.instruction.template import MegatronTemplate, Template
+from megatron.tokenizer import SpecialTokens, Tokenizer
+
+MEGATRON_LLM = "megatron-llm"
+
+
+@dataclass(frozen=True)
+class ChatEncoding:
+    """How lines become conversations: where their texts are; the template (`megatron-llm`, a file, or None: the one
+    beside the tokenizer); and whether special tokens may be written out in a text, which then become ids."""
+
+    keys: Keys
+    template: str | None = None
+    special_tokens: SpecialTokens = "text"
+
+
+def open_template(tokenizer: Tokenizer, template: str | None) -> Template:
+    """The template that is asked for. Raises ConfigError or DataError where there is none, or it does not fit."""
+    if template == MEGATRON_LLM:
+        return MegatronTemplate(tokenizer)
+    if template is None:
+        return find_chat_template(tokenizer.files[0])
+    return read_chat_template(Path(template), tokenizer.files[0])
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, template: Template, chat: ChatEncoding, line: Mapping[str, Any]
+) -> tuple[list[int], list[int]]:
+    """The tokens of the conversation in a line and the role of each. Raises BadConversation."""
+    messages = read_conversation(line, chat.keys)
+    if chat.special_tokens == "text":
+        _check_no_special_tokens(tokenizer, messages)
+    tokens, roles = template.encode(tokenizer, messages)
+    if int(Role.ASSISTANT) not in roles[1:]:
+        raise BadConversation("the template leaves nothing of its answers")
+    return tokens, roles
+
+
+def _check_no_special_tokens(tokenizer: Tokenizer, messages: list[Message]) -> None:
+    for number, message in enumerate(messages, start=1):
+        if found := tokenizer.special_tokens_in(message["content"]):
+            raise BadConversation(
+                f"the content of message {number} has the special token {found[0]} written out, which would end or "
+                "begin something there; take it out, or let it be a token with --special-tokens ids"
+            )

@@ -1,0 +1,115 @@
+"""Conversations on disk: Megatron-LLM's `PREFIX-text` and `PREFIX-role`, two `.bin/.idx` pairs alike token for token.
+
+A sequence is one conversation; the second pair holds the role of the speaker of each token. This module owns their
+names and every check on them.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.indexed import IndexedReader, clean_prefix, dtype_for_vocabulary, pair_paths, require_pair
+from megatron.utils.errors import DataError
+
+_ROLE_VOCABULARY = 16  # Megatron-LLM's, from which the dtype of the roles follows
+
+
+class Role(IntEnum):
+    """Who speaks. The loss is on the assistant's tokens."""
+
+    SYSTEM = 0
+    PROMPTER = 1
+    ASSISTANT = 2
+
+
+ROLE_DTYPE = dtype_for_vocabulary(_ROLE_VOCABULARY)
+
+
+def text_prefix(prefix: str) -> str:
+    """The prefix of the pair of tokens."""
+    return f"{clean_prefix(prefix)}-text"
+
+
+def role_prefix(prefix: str) -> str:
+    """The prefix of the pair of roles."""
+    return f"{clean_prefix(prefix)}-role"
+
+
+class ConversationPair:
+    """The conversations of a prefix, checked when opened and mapped, not read.
+
+    `sizes` i32[n] are their tokens. Raises DataError for files that are missing, damaged or do not belong together.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = clean_prefix(prefix)
+        _require_conversations(self.prefix)
+        self._text, self._role = IndexedReader(text_prefix(prefix)), IndexedReader(role_prefix(prefix))
+        self.sizes: NDArray[np.int32] = self._text.sizes
+        self.num_tokens: int = self._text.num_tokens
+        _check_alike(self._text, self._role)
+
+    def __len__(self) -> int:
+        """Number of conversations."""
+        return len(self.sizes)
+
+    def read(self, sequence: int, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first `most` tokens of a conversation and their roles. Raises DataError for what is neither."""
+        length = min(int(self.sizes[sequence]), most)
+        tokens = self._text.read(sequence, 0, length).astype(np.int64)
+        roles = self._role.read(sequence, 0, length).astype(np.int64)
+        if length and tokens.min() < 0:
+            raise DataError(
+                f"{self.source(sequence)} holds the token {tokens.min()}; tokens are not negative, so the data are "
+                "damaged: write them again with `megatron preprocess --chat`"
+            )
+        if length and not 0 <= roles.min() <= roles.max() <= max(Role):
+            at = int(np.argmax((roles < 0) | (roles > max(Role))))
+            known = ", ".join(f"{role.value} ({role.name.lower()})" for role in Role)
+            raise DataError(
+                f"{self._role.bin_path}, sequence {sequence}, token {at} has the role {roles[at]}; roles are {known}. "
+                "Is it the role file of this text? Write both again with `megatron preprocess --chat`"
+            )
+        return tokens, roles
+
+    def source(self, sequence: int) -> str:
+        """Where a conversation is, in words for an error message."""
+        return f"{self._text.bin_path} (sequence {sequence})"
+
+
+def is_conversations(prefix: str) -> bool:
+    """Whether there are files of conversations with this prefix."""
+    return all(path.is_file() for path in pair_paths(text_prefix(prefix)))
+
+
+def _require_conversations(prefix: str) -> None:
+    pair, text, role = ([path for path in pair_paths(p) if path.is_file()] for p in (prefix, *_both(prefix)))
+    if pair and not text and not role:
+        raise DataError(
+            f"{prefix} is a pair of plain token data: data.kind=instruction reads {text_prefix(prefix)} and "
+            f"{role_prefix(prefix)}, which `megatron preprocess --chat` writes; use data.kind=pretraining for this pair"
+        )
+    for one in _both(prefix):
+        require_pair(one)
+
+
+def _both(prefix: str) -> tuple[str, str]:
+    return text_prefix(prefix), role_prefix(prefix)
+
+
+def _check_alike(text: IndexedReader, role: IndexedReader) -> None:
+    """Check that every sequence has as many roles as tokens."""
+    remedy = "they are not of the same conversations: write both again with `megatron preprocess --chat`"
+    if len(text) != len(role):
+        raise DataError(
+            f"{text.idx_path} has {len(text):,} sequences, but {role.idx_path.name} has {len(role):,}; {remedy}"
+        )
+    if len(text) and not np.array_equal(text.sizes, role.sizes):
+        at = int(np.argmax(text.sizes != role.sizes))
+        raise DataError(
+            f"{text.idx_path}: sequence {at} has {text.sizes[at]:,} tokens, but {role.sizes[at]:,} roles in "
+            f"{role.idx_path.name}; {remedy}"
+        )

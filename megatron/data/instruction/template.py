@@ -1,0 +1,56 @@
+"""From the messages of a conversation to tokens and the role of each; Megatron-LLM's template.
+
+The other kind of template is in chat_template.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from megatron.data.instruction.conversation import ASSISTANT, ROLES, SYSTEM, USER, BadConversation, Message
+from megatron.tokenizer import Tokenizer
+from megatron.utils.errors import ConfigError
+
+START, END = "<|im_start|>", "<|im_end|>"
+_WORDS = {SYSTEM: "system", USER: "question", ASSISTANT: "answer"}
+
+
+class Template(Protocol):
+    """How conversations are written in tokens."""
+
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """The tokens of a conversation and the role of each. Raises BadConversation for one that does not fit."""
+        ...
+
+
+class MegatronTemplate:
+    """Megatron-LLM's: `<|im_start|>WORD`, newline, the message, `<|im_end|>`, newline, where WORD is `system`,
+    `question` or `answer`.
+
+    Each message is tokenized on its own, and all its tokens, tags and the last newline included, have its role. There
+    is neither a beginning nor an end of sentence. Raises ConfigError where the tags are no tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        missing = [tag for tag in (START, END) if tokenizer.token_id(tag) is None]
+        if missing:
+            raise ConfigError(
+                f"{' and '.join(missing)} is no token of {tokenizer.files[0]}: Megatron-LLM's template writes messages "
+                f"between {START} and {END}; add them with --extra-tokens '{START},{END}'"
+            )
+
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """The tokens of a conversation and the role of each."""
+        tokens: list[int] = []
+        roles: list[int] = []
+        for message in messages:
+            if message["role"] not in _WORDS:
+                raise BadConversation(
+                    f"the role {message['role']!r} is none of Megatron-LLM's template, which has {', '.join(_WORDS)}"
+                )
+            # Control tokens that are written out become ids, as they do there.
+            ids = tokenizer.encode(f"{START}{_WORDS[message['role']]}\n{message['content']}{END}\n", "ids")
+            tokens += ids
+            roles += [int(ROLES[message["role"]])] * len(ids)
+        return tokens, roles

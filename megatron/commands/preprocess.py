@@ -1,4 +1,4 @@
-"""`megatron preprocess`: tokenize JSON lines into Megatron's `.bin/.idx` pairs."""
+"""`megatron preprocess`: tokenize JSON lines or parquet into Megatron's `.bin/.idx` pairs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-HELP = "tokenize JSON lines into .bin/.idx pairs"
+HELP = "tokenize JSON lines or parquet into .bin/.idx pairs"
 
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -18,8 +20,10 @@ _TERMINATED = 128 + signal.SIGTERM
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
     parser.add_argument(
-        "--input", nargs="+", required=True, type=Path, metavar="F", help="JSON-lines files, read in this order"
-    )
+        "--input", nargs="+", required=True, type=Path, metavar="F",
+        help="files of JSON lines (plain, .gz, .zst, .bz2, .xz) or parquet, folders or patterns of them, read in this "
+        "order; - is standard input",
+    )  # fmt: skip
     parser.add_argument(
         "--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin, .idx and .json per JSON key"
     )
@@ -33,37 +37,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eod-token", metavar="X", help="the end-of-document token (default: the tokenizer's end of sentence)"
     )
+    parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the beginning of sentence")
     parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="K", help="keys to tokenize (default: text)"
+        "--json-keys", nargs="+", default=["text"], metavar="K", help="keys (columns) to tokenize (default: text)"
     )
     parser.add_argument(
         "--extra-tokens",
         metavar="A,B|FILE",
         help="tokens to append to the vocabulary: a list, or a file with one a line",
     )
+    parser.add_argument(
+        "--special-tokens", choices=["text", "ids"], default="text",
+        help="what a control token such as </s> that is written out in a text becomes: text (default), or its id",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-bad-lines", default=None, metavar="N|P%",
+        help="stop if more lines than this give no text (default: 0.1%%); they go to P.quarantine.jsonl",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard", metavar="I/N", help="do only part I (from 0) of N, for `megatron merge` to put together"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin again, where an interrupted run would be continued"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Tokenize; the exit code."""
     from megatron.data.preprocess import PreprocessOptions, preprocess
+    from megatron.data.preprocess.inputs import parse_shard
+    from megatron.data.preprocess.quarantine import DEFAULT_BUDGET, parse_budget
     from megatron.tokenizer import read_extra_tokens
 
     options = PreprocessOptions(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
         tokenizer=arguments.tokenizer,
-        workers=len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers,
+        workers=usable_cpus() if arguments.workers is None else arguments.workers,
         append_eod=arguments.append_eod,
         eod_token=arguments.eod_token,
         json_keys=tuple(arguments.json_keys),
         extra_tokens=tuple(read_extra_tokens(arguments.extra_tokens)) if arguments.extra_tokens else (),
+        prepend_bos=arguments.prepend_bos,
+        special_tokens=arguments.special_tokens,
+        max_bad_lines=DEFAULT_BUDGET if arguments.max_bad_lines is None else parse_budget(arguments.max_bad_lines),
+        shard=None if arguments.shard is None else parse_shard(arguments.shard),
+        restart=arguments.restart,
     )
-    before = signal.signal(signal.SIGTERM, _leave)  # ended from outside, clean up as after Ctrl-C
-    try:
+    with orderly_termination():
         preprocess(options)
+    return 0
+
+
+def usable_cpus() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def orderly_termination() -> Iterator[None]:
+    """Ended from outside meanwhile, end as after Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,50 +10,76 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.indexed import dtype_for_vocabulary
-from megatron.data.jsonl import Chunk, parse_texts
-from megatron.tokenizer import Tokenizer
+from megatron.data.jsonl import BadLine, Chunk, parse_chunk
+from megatron.tokenizer import SpecialTokens, Tokenizer
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How lines become tokens; `eod_id` is appended to each document unless None."""
+    """How lines become tokens; unless None, `bos_id` precedes each document and `eod_id` is appended to it.
+
+    `special_tokens` says what a control token such as `</s>` that is written out in a text becomes: text, or its id.
+    """
 
     tokenizer: Path
     extra_tokens: tuple[str, ...]
     json_keys: tuple[str, ...]
     eod_id: int | None
+    bos_id: int | None = None
+    special_tokens: SpecialTokens = "text"
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A chunk's documents: per JSON key, their tokens back to back and their sizes i64[documents], none of them empty.
 
-    `num_texts` counts the texts read per key, those without tokens included.
+    `num_texts` counts the texts read per key, those without tokens included; `num_lines` all lines. `without_document`
+    has, per key, the places (from 0) of the lines that gave no document: blank, bad, or of a text without tokens.
     """
 
-    file: Path
-    num_bytes: int
+    num_lines: int
     num_texts: int
     documents: tuple[tuple[NDArray[np.integer], NDArray[np.int64]], ...]
+    without_document: tuple[NDArray[np.int64], ...]
+    bad: tuple[BadLine, ...]
 
 
 def encode_chunk(tokenizer: Tokenizer, encoding: Encoding, chunk: Chunk) -> Encoded:
-    """The tokens of a chunk, in the dtype for the vocabulary. Raises DataError for a bad line."""
-    dtype = dtype_for_vocabulary(tokenizer.vocab_size)
-    ending = [] if encoding.eod_id is None else [encoding.eod_id]
-    tokens: list[list[NDArray[np.integer]]] = [[] for _ in encoding.json_keys]
-    num_texts = 0
-    for texts in parse_texts(chunk, encoding.json_keys):
-        num_texts += 1
-        for column, text in enumerate(texts):
-            if ids := tokenizer.encode(text):
-                tokens[column].append(np.array(ids + ending, dtype=dtype))
-    empty = np.empty(0, dtype)
-    documents = tuple(
-        (np.concatenate([empty, *column]), np.array([len(document) for document in column], dtype=np.int64))
-        for column in tokens
+    """The tokens of a chunk, in the dtype for the vocabulary, and its bad lines."""
+    parsed = parse_chunk(chunk, encoding.json_keys)
+    places = np.array(parsed.places, dtype=np.int64)
+    columns = [_encode_column(tokenizer, encoding, texts) for texts in parsed.texts]
+    return Encoded(
+        num_lines=parsed.num_lines,
+        num_texts=len(places),
+        documents=tuple((tokens, sizes[sizes > 0]) for tokens, sizes in columns),
+        without_document=tuple(_others(places[sizes > 0], parsed.num_lines) for _, sizes in columns),
+        bad=tuple(parsed.bad),
     )
-    return Encoded(chunk.file, len(chunk.content), num_texts, documents)
+
+
+def _encode_column(
+    tokenizer: Tokenizer, encoding: Encoding, texts: Sequence[str]
+) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """The tokens of the texts back to back, and the size of each, 0 where a text has none."""
+    dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+    tokens, sizes = tokenizer.encode_batch(texts, dtype, encoding.special_tokens)
+    ends, full = np.cumsum(sizes), sizes > 0
+    places = [(ends - sizes, encoding.bos_id), (ends, encoding.eod_id)]
+    added = [(where[full], identity) for where, identity in places if identity is not None]
+    if added:
+        # Where a document ends and the next begins, its end is to come first: given first, it stays first.
+        at = np.concatenate([where for where, _ in reversed(added)])
+        values = np.repeat([identity for _, identity in reversed(added)], np.count_nonzero(full)).astype(dtype)
+        tokens = np.insert(tokens, at, values)
+    return tokens, sizes + len(added) * full
+
+
+def _others(places: NDArray[np.int64], num_lines: int) -> NDArray[np.int64]:
+    """The numbers below `num_lines` that are not among `places`."""
+    other = np.ones(num_lines, dtype=bool)
+    other[places] = False
+    return np.flatnonzero(other)
 
 
 def encode_here(chunks: Iterable[Chunk], tokenizer: Tokenizer, encoding: Encoding) -> Iterator[Encoded]:

@@ -1,91 +1,192 @@
-"""JSON lines: from files to chunks of lines, from lines to texts, and what is wrong with a line.
+"""JSON lines: from chunks of lines to texts, and what is wrong with a line.
 
-This module must not know what becomes of the texts.
+The rules: a line is a JSON object in UTF-8 with a text under each key. Where a key is given twice the last one counts;
+`NaN`, `Infinity` and numbers of any length are let pass, since only texts are used. Blank lines (white space alone)
+are passed over. Everything else is a bad line. This module must not know where lines come from, nor what becomes of
+the texts.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron.utils.errors import DataError
+import numpy as np
 
-CHUNK_BYTES = 1 << 20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_LINE_BYTES = 1 << 30
+_KEPT_RAW_BYTES = 4096
+_KEPT_REASON_CHARACTERS = 500
+
+
+def _fast_loads() -> Callable[[Any], Any] | None:
+    """orjson's parser where it is installed.
+
+    What it accepts, the standard parser accepts with the same texts; what it refuses is given to the standard one.
+    """
+    try:
+        import orjson
+    except ImportError:
+        return None
+    return orjson.loads
+
+
+_LOADS = _fast_loads()
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole lines of one file, as bytes; `first_line` counts from 1."""
+    """Whole lines of one file; `first_line` counts from 1.
+
+    `content` is the lines' bytes, or, if `columnar`, texts as `columns_to_content` lays them out. A line that was too
+    long to be kept is a chunk of its own: its `overlong_bytes` is its length, `content` its beginning.
+    """
 
     file: Path
     first_line: int
-    content: bytes
+    content: bytes | bytearray
+    columnar: bool = False
+    overlong_bytes: int = 0
 
 
 @dataclass(frozen=True)
-class ReadFile:
-    """What was read of a file that has been read to its end."""
+class BadLine:
+    """A line that gives no texts: its place in the chunk (from 0), why, its beginning, and its length."""
 
-    file: Path
+    place: int
+    reason: str
+    raw: bytes
     num_bytes: int
-    sha256: str
 
 
-def read_chunks(file: Path, done: Callable[[ReadFile], None], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The lines of a file in chunks of about `chunk_bytes`; then `done` is told what was read."""
-    digest = hashlib.sha256()
-    first_line, num_bytes = 1, 0
-    try:
-        with open(file, "rb") as stream:
-            while lines := stream.readlines(chunk_bytes):
-                content = b"".join(lines)
-                digest.update(content)
-                num_bytes += len(content)
-                yield Chunk(file, first_line, content.removeprefix(_BYTE_ORDER_MARK) if first_line == 1 else content)
-                first_line += len(lines)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
-    done(ReadFile(file, num_bytes, digest.hexdigest()))
+@dataclass(frozen=True)
+class ParsedChunk:
+    """A chunk's texts: per key those of its good lines, and the place (from 0) of each good line.
 
-
-def parse_texts(chunk: Chunk, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The texts of each line under `keys`. Blank lines are passed over.
-
-    Raises DataError with the file, the line's number and the reason for a line that is not a JSON object in UTF-8
-    with a text under each key.
+    `num_lines` counts all lines, blank and bad ones included.
     """
-    for number, line in enumerate(chunk.content.split(b"\n"), start=chunk.first_line):
-        if line.isspace() or not line:
+
+    texts: tuple[list[str], ...]
+    places: list[int]
+    num_lines: int
+    bad: list[BadLine]
+
+
+def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> ParsedChunk:
+    """The texts under `keys` of every good line, and the bad lines with their reasons."""
+    if chunk.overlong_bytes:
+        reason = f"longer than the {MAX_LINE_BYTES >> 20:,} MiB that a line may have"
+        bad = [BadLine(0, reason, bytes(chunk.content[:_KEPT_RAW_BYTES]), chunk.overlong_bytes)]
+        return ParsedChunk(tuple([] for _ in keys), [], 1, bad)
+    if chunk.columnar:
+        return _parse_columns(chunk, keys)
+    rows, places, bad, num_lines = [], [], [], 0
+    for line in _lines(chunk.content):
+        place, num_lines = num_lines, num_lines + 1
+        if not line or line.isspace():
             continue
         try:
-            yield _texts(line, keys)
+            rows.append(_texts(line, keys))
+            places.append(place)
         except _BadLine as error:
-            raise DataError(
-                f"{chunk.file}, line {number}: {error}; every line must be a JSON object with a text under "
-                f"{', '.join(map(repr, keys))}"
-            ) from error
+            raw = bytes(line[:_KEPT_RAW_BYTES]).rstrip(b"\n")
+            num_bytes = len(line) - line.endswith(b"\n")
+            bad.append(BadLine(place, str(error)[:_KEPT_REASON_CHARACTERS], raw, num_bytes))
+    columns = tuple([row[at] for row in rows] for at in range(len(keys)))
+    return ParsedChunk(columns, places, num_lines, bad)
+
+
+def columns_to_content(columns: Sequence[Sequence[bytes | None]]) -> bytes:
+    """Texts (UTF-8, or None for a missing one) as the content of a columnar chunk: one sequence per key, equally long.
+
+    i64 number of rows; per column i64 lengths (-1: missing); then per column the bytes back to back.
+    """
+    rows = len(columns[0])
+    lengths = [np.array([-1 if text is None else len(text) for text in column], "<i8") for column in columns]
+    texts = [b"".join(text for text in column if text is not None) for column in columns]
+    return b"".join([np.array([rows], "<i8").tobytes(), *(length.tobytes() for length in lengths), *texts])
+
+
+def _parse_columns(chunk: Chunk, keys: Sequence[str]) -> ParsedChunk:
+    content = memoryview(chunk.content)
+    rows = int(np.frombuffer(content, "<i8", 1)[0])
+    lengths = np.frombuffer(content, "<i8", rows * len(keys), 8).reshape(len(keys), rows)
+    at = [8 + lengths.nbytes + int(np.maximum(lengths[:column], 0).sum()) for column in range(len(keys))]
+    texts: tuple[list[str], ...] = tuple([] for _ in keys)
+    places, bad = [], []
+    for row, row_lengths in enumerate(lengths.T.tolist()):
+        raw = [None if size < 0 else content[begin : begin + size] for begin, size in zip(at, row_lengths, strict=True)]
+        at = [begin + max(0, size) for begin, size in zip(at, row_lengths, strict=True)]
+        try:
+            values = [_text_of_column(value, key) for value, key in zip(raw, keys, strict=True)]
+        except _BadLine as error:
+            joined = b"\n".join(bytes(value[:_KEPT_RAW_BYTES]) for value in raw if value is not None)
+            bad.append(BadLine(row, str(error), joined[:_KEPT_RAW_BYTES], sum(max(0, size) for size in row_lengths)))
+            continue
+        places.append(row)
+        for column, value in zip(texts, values, strict=True):
+            column.append(value)
+    return ParsedChunk(texts, places, rows, bad)
+
+
+def _text_of_column(raw: memoryview | None, key: str) -> str:
+    if raw is None:
+        raise _BadLine(f"the value of {key!r} is not text but null")
+    try:
+        return str(raw, "utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error) from error
+
+
+def _lines(content: bytes | bytearray) -> Iterable[bytes | bytearray]:
+    """The lines, without a copy (but with its line break) where there is only one, which may be very long."""
+    if not content:
+        return []
+    first_end = content.find(b"\n")
+    if first_end in (-1, len(content) - 1):
+        return [content]
+    lines = content.split(b"\n")
+    if not lines[-1]:
+        lines.pop()  # what follows the last line break is no line
+    return lines
 
 
 class _BadLine(Exception):
     """The reason why a line is refused."""
 
 
-def _texts(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+def _texts(line: bytes | bytearray, keys: Sequence[str]) -> tuple[str, ...]:
+    if _LOADS is not None:
+        try:
+            content = _LOADS(line)
+            texts = tuple([content[key] for key in keys])
+        except (ValueError, KeyError, TypeError, IndexError):
+            return _texts_slowly(line, keys)
+        if all(type(text) is str for text in texts):
+            return texts
+    return _texts_slowly(line, keys)
+
+
+def _texts_slowly(line: bytes | bytearray, keys: Sequence[str]) -> tuple[str, ...]:
+    """The reference, which also says what is wrong."""
     try:
-        content = json.loads(line.decode("utf-8"))
+        # As floats, since a whole number of thousands of digits would be refused.
+        content = json.loads(line.decode("utf-8").removesuffix("\n"), parse_int=float)
     except UnicodeDecodeError as error:
-        raise _BadLine(f"not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start})") from error
-    except ValueError as error:  # JSONDecodeError, and Python's limit on the digits of an integer
+        raise _not_utf8(error) from error
+    except ValueError as error:
         raise _BadLine(f"not JSON ({error})") from error
     except RecursionError as error:
         raise _BadLine("not JSON that can be read (nested too deeply)") from error
     if not isinstance(content, dict):
         raise _BadLine(f"not a JSON object but {_kind(content)}")
     return tuple(_text(content, key) for key in keys)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> _BadLine:
+    return _BadLine(f"not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start})")
 
 
 def _text(content: dict[str, object], key: str) -> str:

@@ -6,7 +6,8 @@ The pair itself is Megatron's format and says nothing of that, so pairs made els
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from bisect import bisect_left
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ class Provenance:
     """How a pair was made.
 
     `tokenizer` is the file's name, for people; `tokenizer_fingerprint` says which token each id is. `added_tokens` were
-    appended after the tokenizer's own. `eod_id` ends documents if `append_eod`. `sources` are the input files, each
-    with `file`, `bytes`, `sha256`, `documents`.
+    appended after the tokenizer's own. `eod_id` ends documents if `append_eod`. `options` are the other choices that
+    the ids depend on.
+
+    `sources` are the inputs in order, each with `file`, `bytes` and `sha256` (of what was read), `documents`, `lines`,
+    `bad_lines` and `lines_without_document` (blank, bad or of a text without tokens: `3-7,12`, counted from 1). A part
+    of a file, which a shard read, has `begin` (the byte or row where it starts) and, once merged, `lines_before`.
+    `checksums` are `idx`, the SHA-256 of the index, and `bin`, those of the tokens: a list of `bytes` and `sha256`,
+    one for each pair that was merged. Files of earlier versions lack some of these.
     """
 
     tokenizer: str
@@ -37,6 +44,8 @@ class Provenance:
     documents: int
     tokens: int
     sources: list[dict[str, Any]]
+    options: dict[str, Any] = field(default_factory=dict)
+    checksums: dict[str, Any] = field(default_factory=dict)
 
 
 def provenance_path(prefix: str | Path) -> Path:
@@ -44,9 +53,14 @@ def provenance_path(prefix: str | Path) -> Path:
     return Path(f"{clean_prefix(prefix)}.json")
 
 
+def provenance_text(provenance: Provenance) -> str:
+    """What `PREFIX.json` holds."""
+    return json.dumps(asdict(provenance), indent=2, ensure_ascii=False) + "\n"
+
+
 def write_provenance(prefix: str | Path, provenance: Provenance) -> None:
     """Write `PREFIX.json`, whole or not at all."""
-    write_atomically(provenance_path(prefix), json.dumps(asdict(provenance), indent=2, ensure_ascii=False) + "\n")
+    write_atomically(provenance_path(prefix), provenance_text(provenance))
 
 
 def read_provenance(prefix: str | Path) -> Provenance | None:
@@ -57,7 +71,8 @@ def read_provenance(prefix: str | Path) -> Provenance | None:
     path = provenance_path(prefix)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        provenance = Provenance(**{field.name: content[field.name] for field in fields(Provenance)})
+        known = [each for each in fields(Provenance) if each.name in content or _is_required(each)]
+        provenance = Provenance(**{each.name: content[each.name] for each in known})
         described_bytes = provenance.tokens * np.dtype(provenance.dtype).itemsize
     except FileNotFoundError:
         return None
@@ -73,3 +88,44 @@ def read_provenance(prefix: str | Path) -> Provenance | None:
             f"{bin_path.stat().st_size:,}: it belongs to another pair; delete it or tokenize again"
         )
     return provenance
+
+
+def _is_required(each: Any) -> bool:
+    return each.default is MISSING and each.default_factory is MISSING
+
+
+def source_line(provenance: Provenance, document_index: int) -> tuple[str, int]:
+    """The file and the line (from 1; the row, of a parquet file) that a document was made of.
+
+    Raises DataError where the file of an earlier version, or of a shard that was not merged, does not say.
+    """
+    if not 0 <= document_index < provenance.documents:
+        raise DataError(f"there is no document {document_index}: the pair has {provenance.documents:,}, from 0")
+    left = document_index
+    for source in provenance.sources:
+        if left < source["documents"]:
+            return source["file"], _line_of(source, left)
+        left -= source["documents"]
+    raise DataError("the sources have fewer documents than the pair: its .json was changed; tokenize again")
+
+
+def _line_of(source: dict[str, Any], document: int) -> int:
+    """The line of a source that gave its n-th document, from 0."""
+    if "lines_without_document" not in source:
+        raise DataError(f"the .json does not say which lines of {source['file']} gave documents; tokenize again")
+    if source.get("begin") and "lines_before" not in source:
+        raise DataError(f"{source['file']} was read from byte or row {source['begin']:,} on; merge the shards first")
+    # Behind k ranges, line = document + 1 + their lengths; the right k is the last whose range begins before it.
+    firsts, lengths = _ranges(source["lines_without_document"])
+    skipped = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    documents_before = firsts - 1 - skipped[:-1]
+    behind = bisect_left(documents_before, document + 1) if len(firsts) else 0
+    return int(document + 1 + skipped[behind] + source.get("lines_before", 0))
+
+
+def _ranges(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """First lines and lengths of `3-7,12`."""
+    pairs = [part.partition("-")[::2] for part in text.split(",") if part]
+    firsts = np.array([int(low) for low, _ in pairs], dtype=np.int64)
+    lasts = np.array([int(high or low) for low, high in pairs], dtype=np.int64)
+    return firsts, lasts - firsts + 1

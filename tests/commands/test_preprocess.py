@@ -58,4 +58,4 @@ def test_errors_are_one_line_and_exit_code_2(words: list[str], tmp_path: Path) -
     assert process.stdout == ""
     assert len(process.stderr.splitlines()) == 1
     assert "in.jsonl, line 1: the value of 'body' is not text but a number" in process.stderr
-    assert list((tmp_path / "new/folder").iterdir()) == []
+    assert [path.name for path in (tmp_path / "new/folder").iterdir()] == ["p.quarantine.jsonl.partial"]

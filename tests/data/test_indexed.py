@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data import indexed
-from megatron.data.indexed import IndexedReader, IndexedWriter, dtype_for_vocabulary
+from megatron.data.indexed import IndexedReader, IndexedWriter, dtype_for_vocabulary, reader, writer
 from megatron.utils.errors import DataError
 
 DTYPE_CODES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
@@ -27,6 +26,11 @@ def write_raw(prefix: Path, code: int = 8, version: int = 1, **arrays: list[int]
     prefix.with_suffix(".idx").write_bytes(index + struct.pack(f"<{len(documents)}q", *documents))
     prefix.with_suffix(".bin").write_bytes(struct.pack("<6H", 10, 11, 12, 13, 14, 15))
     return prefix
+
+
+def _work_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    for module in (reader, writer):
+        monkeypatch.setattr(module, "CHUNK", chunk)
 
 
 GOOD = {"sizes": [3, 0, 1, 2], "pointers": [0, 6, 6, 8], "documents": [0, 2, 4]}
@@ -90,7 +94,7 @@ def test_what_is_written_is_read(
     documents = data.draw(st.lists(st.lists(sequence, max_size=3), max_size=6))
     prefix = tmp_path_factory.mktemp("pair") / "a.b"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexed, "_CHUNK", chunk)  # so that the index is written and checked in several pieces
+        _work_in_pieces(patch, chunk)  # so that the index is written and checked in several pieces
         with IndexedWriter(prefix, dtype) as writer:
             for document in documents:
                 for tokens in document:
@@ -178,7 +182,7 @@ def test_prefixes_may_carry_a_suffix_and_dots(tmp_path: Path) -> None:
 def test_damage_is_named(
     tmp_path: Path, change: dict[str, object], said: list[str], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexed, "_CHUNK", chunk)  # entries checked at a time: damage may lie where two of them meet
+    _work_in_pieces(monkeypatch, chunk)  # entries checked at a time: damage may lie where two of them meet
     prefix = write_raw(tmp_path / "bad", **{**GOOD, **change})
     with pytest.raises(DataError) as error:
         IndexedReader(prefix)
@@ -296,7 +300,7 @@ def test_offsets_past_4_gib_do_not_overflow(tmp_path: Path) -> None:
     writer = IndexedWriter(tmp_path / "huge", "<u2")
     for _ in range(2):
         writer.add_documents(HugeTokens(), [HugeTokens.size])  # type: ignore[arg-type]
-    (partial,) = tmp_path.iterdir()
+    partial = writer.partial_bin
     os.truncate(partial, 2 * 2 * HugeTokens.size)  # a hole: takes no space
     with open(partial, "r+b") as file:
         file.seek(-2, os.SEEK_END)

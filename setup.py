@@ -1,4 +1,4 @@
-"""Builds the compiled kernels; everything else about the package is in pyproject.toml.
+"""Builds the compiled kernels and the helpers of the data path; everything else about the package is in pyproject.toml.
 
 The kernels include no header of torch, so an isolated build works as well and one build serves every release. What
 cannot be built is left out with a warning: the package runs on its references then, and `megatron doctor` says why.
@@ -38,6 +38,12 @@ CUDA = Extension(
     depends=[*map(str, Path("csrc").rglob("*.h")), *map(str, Path("csrc/cuda").glob("*.cuh"))],
     optional=True,
 )
+DATA = Extension(
+    "megatron.data._order",
+    sources=["csrc/data/order.cpp"],
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
+    optional=True,
+)
 ARCHITECTURES = ("80", "90")
 
 
@@ -72,6 +78,6 @@ def torch_has_cuda() -> bool:
 
 
 setup(
-    ext_modules=[CPU, CUDA] if nvcc() and torch_has_cuda() else [CPU],
+    ext_modules=[CPU, DATA, *([CUDA] if nvcc() and torch_has_cuda() else [])],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -7,10 +7,30 @@ from typing import Literal
 
 from megatron.config.key import key
 
-# A prefix of a .bin/.idx pair (or, for training, "synthetic"), or a blend of (weight, prefix) pairs.
-Source = str | tuple[tuple[float, str], ...]
+# (weight, prefix) pairs; weights are None throughout where they follow from the sizes of the pairs.
+Blend = tuple[tuple[float | None, str], ...]
+
+
+@dataclass(frozen=True)
+class BlendFrom:
+    """The blend that is read from so many tokens of the run on."""
+
+    from_tokens: int
+    blend: Blend
+
+
+# A prefix of a .bin/.idx pair (or, for training, "synthetic"), a blend, or blends one after the other.
+Source = str | Blend | tuple[BlendFrom, ...]
 
 SYNTHETIC = "synthetic"
+
+
+def blends_of(source: Source) -> tuple[BlendFrom, ...]:
+    """The blends of a source one after the other, the first from the beginning; a prefix is a blend of one."""
+    if isinstance(source, str):
+        return (BlendFrom(0, ((1.0, source),)),)
+    stages = tuple(entry for entry in source if isinstance(entry, BlendFrom))
+    return stages or (BlendFrom(0, tuple(entry for entry in source if not isinstance(entry, BlendFrom))),)
 
 
 @dataclass(frozen=True)
@@ -19,10 +39,30 @@ class DataConfig:
 
     train: Source | None = key(
         None,
-        "Training data: the prefix of a .bin/.idx pair, a list of [weight, prefix], "
+        "Training data: the prefix of a .bin/.idx pair; a list of [weight, prefix]; a list of prefixes, weighed by "
+        "size; blends that follow each other, as [{from_tokens: 0, blend: [...]}, {from_tokens: 1e9, blend: [...]}]; "
         "or `synthetic` (seeded random tokens, for speed tests).",
     )
-    validation: Source | None = key(None, "Validation data, in the same forms as data.train.")
+    validation: Source | None = key(
+        None,
+        "Validation data: a prefix, a list of [weight, prefix], or a list of prefixes, of which as much is read each. "
+        "The loss of each is reported.",
+    )
+    split: str | None = key(
+        None,
+        "Megatron's split string, as `969,30,1`: of each pair of data.train, in file order, the parts for training, "
+        "for validation (then data.validation is left out) and for a test. null: all is for training.",
+    )
+    split_rounding: Literal["megatron-llm", "megatron-core"] = key(
+        "megatron-llm",
+        "Where the parts of data.split end: Megatron-LLM and Megatron Core round differently, by a sequence or two.",
+    )
+    temperature: float = key(
+        1.0,
+        "Weights of a list of prefixes in data.train are their tokens to the power of 1/temperature: 1 reads all alike "
+        "often, more favours the small ones.",
+        above=0,
+    )
     sequence_length: int | None = key(
         None, "Tokens per sample that carry a prediction. null: the model's max_position_embeddings.", minimum=1
     )
@@ -39,7 +79,12 @@ class DataConfig:
     seed: int = key(1234, "Seed of the order of the samples.", minimum=0, maximum=2**32 - 1)
     samples: int | None = key(
         None,
-        "Number of samples the order is made for (the `megatron` order depends on it). "
-        "null: train.steps x train.global_batch.",
+        "Number of samples the order is made for (the `megatron` order depends on it). null: what train.steps read.",
         minimum=1,
+    )
+    readahead: int = key(
+        4,
+        "Steps whose samples the system is told to fetch before they are read: for a file system that is slow to "
+        "answer. 0: none.",
+        minimum=0,
     )

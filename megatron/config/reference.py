@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 from typing import Literal
 
+from megatron.config.batches import GlobalBatch
 from megatron.config.data import Source
 from megatron.config.parallel import LayerSplit
 from megatron.config.presets import preset_names
@@ -47,7 +48,8 @@ _TYPES = {
     int: "whole number",
     float: "number",
     str: "text",
-    Source: "prefix or blend",
+    Source: "prefix, blend or blends",
+    GlobalBatch: "whole number or ramp",
     LayerSplit: "`even`, `balanced` or a list of numbers",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.config.batches import GlobalBatch
 from megatron.config.key import key
 
 Recompute = Literal["none", "selective", "full"]
@@ -15,7 +16,12 @@ class TrainConfig:
     """The training loop. Batches are counted in sequences."""
 
     steps: int = key(100, "Step at which the run ends, counted from the very first start.", minimum=1)
-    global_batch: int = key(8, "Sequences per step over all ranks.", minimum=1)
+    global_batch: GlobalBatch = key(
+        8,
+        "Sequences per step over all ranks: a number, or for a ramp pairs of (from so many tokens on, number), as "
+        "[[0, 256], [1e9, 512]].",
+        minimum=1,
+    )
     micro_batch: int = key(1, "Sequences that a rank computes at a time.", minimum=1)
     precision: Literal["bf16", "fp32", "fp64"] = key(
         "bf16", "Type of weights and activations; under `bf16` gradients, masters and moments are float32."

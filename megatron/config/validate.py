@@ -11,7 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron.config.batches import Ramp, batch_sizes
+from megatron.config.data import blends_of
 from megatron.config.run import RunConfig
+from megatron.config.values import show
 from megatron.utils.errors import ConfigError
 
 
@@ -50,7 +53,8 @@ def report(problems: Iterable[Problem]) -> None:
 def static_problems(config: RunConfig, model: Mapping[str, Any] | None = None) -> Iterator[Problem]:
     """Every broken rule that does not depend on the number of processes."""
     fields = {name: value for name, value in asdict(config.model).items() if value is not None} | dict(model or {})
-    yield from _batch_problems(config)
+    yield from _batch_problems(config, fields)
+    yield from _data_problems(config)
     yield from _schedule_problems(config)
     yield from _output_problems(config)
     yield from _kernel_problems(config)
@@ -61,22 +65,42 @@ def static_problems(config: RunConfig, model: Mapping[str, Any] | None = None) -
     yield from _sequence_problems(config, fields)
 
 
-def _batch_problems(config: RunConfig) -> Iterator[Problem]:
+def _batch_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
     train, data = config.train, config.data
-    if train.global_batch % train.micro_batch:
-        yield Problem(
-            ("train.global_batch", "train.micro_batch"),
-            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}; "
-            f"use a micro batch of {_or(_divisors(train.global_batch))}, "
-            f"or a global batch of {_or(_multiples_near(train.global_batch, train.micro_batch))}",
-        )
-    needed = train.steps * train.global_batch
-    if data.samples is not None and data.samples < needed:
+    for batch in batch_sizes(train.global_batch):
+        if batch % train.micro_batch:
+            yield Problem(
+                ("train.global_batch", "train.micro_batch"),
+                f"train.global_batch={batch} is not divisible by train.micro_batch={train.micro_batch}; "
+                f"use a micro batch of {_or(_divisors(batch))}, "
+                f"or a global batch of {_or(_multiples_near(batch, train.micro_batch))}",
+            )
+    length = data.sequence_length or model.get("max_position_embeddings")
+    if data.samples is None or (length is None and not isinstance(train.global_batch, int)):
+        return
+    ramp = Ramp.of(train.global_batch, length or 1)
+    needed = ramp.position_after(train.steps)
+    if data.samples < needed:
         yield Problem(
             ("train.global_batch", "train.steps", "data.samples"),
             f"data.samples={data.samples} is fewer than the run reads: train.steps={train.steps} x "
-            f"train.global_batch={train.global_batch} = {needed}; use data.samples={needed} or more, or train.steps="
-            f"{data.samples // train.global_batch} or fewer",
+            f"train.global_batch={show(train.global_batch)} = {needed}; use data.samples={needed} or more, or "
+            f"train.steps={ramp.steps_within(data.samples)} or fewer",
+        )
+
+
+def _data_problems(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if data.split is not None and data.validation is not None:
+        yield Problem(
+            ("data.split", "data.validation"),
+            f"data.split={data.split} with data.validation={show(data.validation)}: the split takes validation data "
+            "from data.train; leave one of them out",
+        )
+    if data.validation is not None and len(blends_of(data.validation)) > 1:
+        yield Problem(
+            ("data.validation",),
+            "data.validation has blends that follow each other, but it is the same set each time; give one blend",
         )
 
 
@@ -117,11 +141,11 @@ def _output_problems(config: RunConfig) -> Iterator[Problem]:
                 (f"checkpoint.{name}", "checkpoint.save"),
                 f"checkpoint.{name}={value} without checkpoint.save: nothing would be saved; name a folder there",
             )
-    if config.evaluate.interval is not None and config.data.validation is None:
+    if config.evaluate.interval is not None and config.data.validation is None and config.data.split is None:
         yield Problem(
-            ("evaluate.interval", "data.validation"),
+            ("evaluate.interval", "data.validation", "data.split"),
             f"evaluate.interval={config.evaluate.interval} without data.validation: there is nothing to evaluate on; "
-            "name a prefix there",
+            "name a prefix there, or set data.split",
         )
     if config.log.tensorboard and config.log.dir is None:
         yield Problem(
@@ -337,7 +361,7 @@ def _split_problems(config: RunConfig, length: int, length_key: str) -> Iterator
 
 def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     """Every broken rule of a training run of `world_size` processes that needs no more of the model."""
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     if config.data.train is None:
         yield Problem(
             ("data.train",), "data.train is not set; name the prefix of a .bin/.idx pair, or use data.train=synthetic"
@@ -356,24 +380,33 @@ def grid_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
         return
     data_ranks = world_size // ranks
     yield from _division_among_ranks(config, data_ranks)
+    for batch in batch_sizes(config.train.global_batch):
+        yield from _shared_batch_problems(config, world_size, data_ranks, batch)
+
+
+def _shared_batch_problems(config: RunConfig, world_size: int, data_ranks: int, batch: int) -> Iterator[Problem]:
+    """Whether the data ranks, and the chunks of the pipeline, can share a global batch of this size."""
+    parallel, train = config.parallel, config.train
+    axes = ("tensor", "context", "pipeline") if parallel.context > 1 else ("tensor", "pipeline")
+    keys = tuple(f"parallel.{axis}" for axis in axes)
     together = data_ranks * train.micro_batch
-    if train.global_batch % together:
+    if batch % together:
         shared = " / ".join(f"{axis} {getattr(parallel, axis)}" for axis in axes)
         text = (
-            f"train.global_batch={train.global_batch} is not divisible by {data_ranks} data ranks ({world_size} "
+            f"train.global_batch={batch} is not divisible by {data_ranks} data ranks ({world_size} "
             f"processes / {shared}) x train.micro_batch="
             f"{train.micro_batch} = {together}; "
-            f"use a global batch of {_or(_multiples_near(train.global_batch, together))}"
+            f"use a global batch of {_or(_multiples_near(batch, together))}"
         )
-        if train.global_batch % data_ranks == 0:
-            text += f", or a micro batch of {_or(_divisors(train.global_batch // data_ranks))}"
+        if batch % data_ranks == 0:
+            text += f", or a micro batch of {_or(_divisors(batch // data_ranks))}"
         yield Problem(("train.global_batch", "train.micro_batch", *keys), text)
-    elif parallel.chunks > 1 and train.global_batch // together % parallel.pipeline:
+    elif parallel.chunks > 1 and batch // together % parallel.pipeline:
         yield Problem(
             ("train.global_batch", "train.micro_batch", *keys, "parallel.chunks"),
-            f"train.global_batch={train.global_batch} gives each data rank {train.global_batch // together} "
+            f"train.global_batch={batch} gives each data rank {batch // together} "
             f"micro-batches, which go through the chunks in groups of parallel.pipeline={parallel.pipeline}; use a "
-            f"global batch of {_or(_multiples_near(train.global_batch, together * parallel.pipeline))}, or "
+            f"global batch of {_or(_multiples_near(batch, together * parallel.pipeline))}, or "
             "parallel.schedule=1f1b with parallel.chunks=1",
         )
 

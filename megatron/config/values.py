@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import types
 import typing
+from itertools import pairwise
 from typing import Any, Literal
 
-from megatron.config.data import Source
+from megatron.config.batches import GlobalBatch
+from megatron.config.data import Blend, BlendFrom, Source
 from megatron.config.parallel import LayerSplit
 from megatron.config.schema import Key, nearest_name
 
@@ -29,6 +31,9 @@ def convert(key: Key, value: Any) -> Any:
     converted = _convert_kind(kind, value)
     if isinstance(converted, (int, float)) and not isinstance(converted, bool):
         _check_range(key, converted)
+    elif kind == GlobalBatch:
+        for _, batch in converted:
+            _check_range(key, batch)
     return converted
 
 
@@ -53,6 +58,8 @@ def show(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(show(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {show(item)}" for name, item in value.items()) + "}"
     return repr(value) if isinstance(value, str) and (not value or value != value.strip()) else str(value)
 
 
@@ -61,6 +68,8 @@ def _convert_kind(kind: Any, value: Any) -> Any:
         return _convert_choice(typing.get_args(kind), value)
     if kind == Source:
         return _convert_source(value)
+    if kind == GlobalBatch:
+        return _convert_global_batch(value)
     if kind == LayerSplit:
         return _convert_layer_split(value)
     return _CONVERTERS[kind](value)
@@ -106,11 +115,25 @@ def _convert_choice(choices: tuple[Any, ...], value: Any) -> Any:
     raise ValueProblem(f"must be one of {', '.join(choices)}{hint}")
 
 
-def _convert_source(value: Any) -> str | tuple[tuple[float, str], ...]:
+def _convert_source(value: Any) -> Source:
     if isinstance(value, str):
         return _convert_str(value)
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueProblem("must be a prefix or a list of [weight, prefix] pairs")
+    if all(isinstance(entry, dict) for entry in value):
+        stages = tuple(_convert_stage(entry) for entry in value)
+        _check_ascending([stage.from_tokens for stage in stages], "from_tokens")
+        return stages
+    return _convert_blend(value)
+
+
+def _convert_blend(value: Any) -> Blend:
+    if isinstance(value, str):
+        return ((1.0, _convert_str(value)),)
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueProblem(f"has the blend {show(value)}: a blend is a prefix or a list of [weight, prefix] pairs")
+    if all(isinstance(entry, str) for entry in value):
+        value = [(None, entry) for entry in value]
     pairs, problems = [], []
     for pair in value:
         try:
@@ -119,7 +142,40 @@ def _convert_source(value: Any) -> str | tuple[tuple[float, str], ...]:
             problems.append(str(problem))
     if problems:
         raise ValueProblem("; it ".join(dict.fromkeys(problems)))
+    prefixes = [prefix for _, prefix in pairs]
+    if len(set(prefixes)) < len(prefixes):
+        twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
+        raise ValueProblem(f"names {twice} twice in a blend: give it once, with the sum of the weights")
+    weighed = [weight is not None for weight, _ in pairs]
+    if any(weighed) and not all(weighed):
+        raise ValueProblem("gives some of its pairs a weight and others none: give all of them one, or none")
     return tuple(pairs)
+
+
+def _convert_stage(entry: dict[str, Any]) -> BlendFrom:
+    if set(entry) != {"from_tokens", "blend"}:
+        raise ValueProblem(
+            f"has the entry {show(entry)}: blends that follow each other are a list of "
+            "{from_tokens: 0, blend: [[0.9, medical], [0.1, replay]]}"
+        )
+    return BlendFrom(_convert_int(entry["from_tokens"]), _convert_blend(entry["blend"]))
+
+
+def _convert_global_batch(value: Any) -> GlobalBatch:
+    if not isinstance(value, (list, tuple)):
+        return _convert_int(value)
+    if not value or not all(isinstance(entry, (list, tuple)) and len(entry) == 2 for entry in value):
+        raise ValueProblem("must be a whole number, or a list of [from so many tokens on, number] as [[0, 256], ...]")
+    pairs = tuple((_convert_int(tokens), _convert_int(batch)) for tokens, batch in value)
+    _check_ascending([tokens for tokens, _ in pairs], "tokens")
+    return pairs
+
+
+def _check_ascending(starts: list[int], what: str) -> None:
+    if starts[0] != 0 or any(later <= earlier for earlier, later in pairwise(starts)):
+        raise ValueProblem(
+            f"begins its parts at {show(starts)} {what}: the first begins at 0, and each later than the one before"
+        )
 
 
 def _convert_layer_split(value: Any) -> str | tuple[int, ...]:
@@ -133,11 +189,13 @@ def _convert_layer_split(value: Any) -> str | tuple[int, ...]:
     return counts
 
 
-def _convert_pair(pair: Any) -> tuple[float, str]:
+def _convert_pair(pair: Any) -> tuple[float | None, str]:
     rule = "a blend is a list of [weight, prefix] pairs, as [[0.9, medical], [0.1, replay]]"
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         raise ValueProblem(f"has the entry {show(pair)}: {rule}")
     weight, prefix = pair
+    if weight is None and isinstance(prefix, str):
+        return None, _convert_str(prefix)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isinstance(prefix, str):
         raise ValueProblem(f"has the entry {show(pair)}: {rule}")
     if not (math.isfinite(weight) and weight > 0):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from megatron.config.data import SYNTHETIC, DataConfig, Source
-from megatron.data.blend import MegatronBlend, StableBlend, greedy_choices, member_samples, normalised
-from megatron.data.dataset import Dataset
+from megatron.config.data import SYNTHETIC, DataConfig, blends_of
+from megatron.config.data import Blend as ConfiguredBlend
+from megatron.data.blend import Blend, MegatronChoices, StableChoices, Stage, member_samples, normalised
+from megatron.data.dataset import ENDLESS, Dataset
 from megatron.data.indexed import IndexedReader, require_pair
-from megatron.data.pretraining import MegatronOrderDataset, StableOrderDataset
+from megatron.data.native import greedy_choices
+from megatron.data.pretraining import MegatronOrderDataset, StableOrderDataset, StoredDataset
 from megatron.data.provenance import provenance_path, read_provenance
+from megatron.data.split import split_bounds
+from megatron.data.stream import Stream
 from megatron.data.synthetic import SyntheticDataset
-from megatron.data.windows import FixedSet, StreamWindows
+from megatron.data.windows import StreamWindows
 from megatron.tokenizer import load_tokenizer
 from megatron.utils.errors import ConfigError, DataError
 from megatron.utils.logging import get_logger
@@ -21,6 +26,51 @@ from megatron.utils.logging import get_logger
 _LOGGER = get_logger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainingSources:
+    """The distinct pairs of `data.train`, the part of each that is for training, and the blends of them.
+
+    `blends` are (from so many tokens of the run on, the (weight, number of the source) of each member).
+    """
+
+    streams: tuple[Stream, ...]
+    blends: tuple[tuple[int, tuple[tuple[float, int], ...]], ...]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What the order of the samples depends on. Sources are known by their sizes, so that data may move."""
+        described: list[dict[str, Any]] = [
+            {
+                "from_tokens": from_tokens,
+                "blend": [
+                    {"weight": weight, "sequences": len(self.streams[at].sizes), "tokens": self.streams[at].num_tokens}
+                    for weight, at in blend
+                ],
+                "sources": [at for _, at in blend],
+            }
+            for from_tokens, blend in self.blends
+        ]
+        only: list[dict[str, Any]] = described[0]["blend"]
+        return described if len(described) > 1 else only
+
+
+def open_training_sources(config: DataConfig) -> TrainingSources:
+    """The sources of `data.train`, which is neither null nor synthetic. Raises one DataError for all pairs that are
+    missing or damaged, ConfigError where data.split is no split."""
+    assert config.train is not None and config.train != SYNTHETIC
+    stages = blends_of(config.train)
+    prefixes = list(dict.fromkeys(prefix for stage in stages for _, prefix in stage.blend))
+    streams = tuple(_part(config, reader, 0) for reader in open_pairs(prefixes))
+    by_size = [max(1, stream.num_tokens) ** (1 / config.temperature) for stream in streams]
+    numbers = {prefix: number for number, prefix in enumerate(prefixes)}
+
+    def members(blend: ConfiguredBlend) -> tuple[tuple[float, int], ...]:
+        return tuple(
+            (by_size[numbers[prefix]] if weight is None else weight, numbers[prefix]) for weight, prefix in blend
+        )
+
+    return TrainingSources(streams, tuple((stage.from_tokens, members(stage.blend)) for stage in stages))
 
 
 def build_train_dataset(config: DataConfig, *, sequence_length: int, samples: int, vocab_size: int) -> Dataset:
@@ -34,47 +84,112 @@ def build_train_dataset(config: DataConfig, *, sequence_length: int, samples: in
         )
     if config.train == SYNTHETIC:
         return SyntheticDataset(vocab_size=vocab_size, sequence_length=sequence_length, seed=config.seed)
-    blend = _as_blend(config.train)
-    weights = normalised([weight for weight, _ in blend])
-    if config.order == "stable":
-        endless = [StableOrderDataset(prefix, sequence_length=sequence_length, seed=config.seed) for _, prefix in blend]
-        return endless[0] if len(endless) == 1 else StableBlend(endless, weights)
-    if len(blend) == 1:  # no blend, so none of its surplus: the order depends on the number asked for
-        return MegatronOrderDataset(blend[0][1], sequence_length=sequence_length, samples=samples, seed=config.seed)
-    members = [
-        MegatronOrderDataset(
-            prefix, sequence_length=sequence_length, samples=member_samples(samples, weight), seed=config.seed
-        )
-        for (_, prefix), weight in zip(blend, weights, strict=True)
+    sources = open_training_sources(config)
+    firsts = [-(-from_tokens // sequence_length) for from_tokens, _ in sources.blends]
+    kind = StableChoices if config.order == "stable" else MegatronChoices
+    stages = [
+        Stage(first, kind([weight for weight, _ in blend]), tuple(source for _, source in blend))
+        for first, (_, blend) in zip(firsts, sources.blends, strict=True)
     ]
-    return MegatronBlend(members, weights, samples=samples)
+    members: list[StoredDataset]
+    if config.order == "stable":
+        members = [
+            StableOrderDataset(stream, sequence_length=sequence_length, seed=config.seed) for stream in sources.streams
+        ]
+    else:
+        members = [
+            MegatronOrderDataset(stream, sequence_length=sequence_length, samples=needed, seed=config.seed)
+            for stream, needed in zip(sources.streams, _member_samples(sources, firsts, samples), strict=True)
+        ]
+    if len(members) == 1:
+        return members[0]
+    return Blend(members, stages, ENDLESS if config.order == "stable" else samples)
 
 
-def build_validation_dataset(
+def _member_samples(sources: TrainingSources, firsts: list[int], samples: int) -> list[int]:
+    """Samples that each source is built for in the `megatron` order. One source alone has none of a blend's surplus:
+    the order depends on the number."""
+    needed = [0] * len(sources.streams)
+    for first, following, (_, blend) in zip(firsts, [*firsts[1:], samples], sources.blends, strict=True):
+        length = max(0, min(following, samples) - first)
+        for weight, (_, source) in zip(normalised([weight for weight, _ in blend]), blend, strict=True):
+            needed[source] += length if len(blend) == 1 else member_samples(length, weight)
+    return [max(1, count) for count in needed]
+
+
+def build_validation_datasets(
     config: DataConfig, *, sequence_length: int, samples: int, vocab_size: int
-) -> Dataset | None:
-    """The first `samples` windows of `data.validation` in file order, a fixed set; None if there is none.
+) -> list[tuple[str, Dataset]]:
+    """A fixed set for each validation source, with a name of it: its first windows in file order. Empty if there are
+    none.
 
-    In a blend the streams share `samples` by weight. A stream with fewer windows gives all it has, so the set may be
-    smaller than `samples`: read it with the loader's `pad_last`.
+    The sources are those of `data.validation`, or the second part of data.split of those of `data.train`. They share
+    `samples` by weight (alike, where they have none), at least a window each; one that has fewer gives all it has.
     """
-    if config.validation is None:
-        return None
     if config.validation == SYNTHETIC:
-        synthetic = SyntheticDataset(vocab_size=vocab_size, sequence_length=sequence_length, seed=config.seed, stream=1)
-        return FixedSet([(synthetic, samples)])
-    blend = _as_blend(config.validation)
+        synthetic = SyntheticDataset(
+            vocab_size=vocab_size, sequence_length=sequence_length, seed=config.seed, stream=1, samples=samples
+        )
+        return [(SYNTHETIC, synthetic)]
+    blend = validation_blend(config)
+    if not blend:
+        return []
     shares = [0] * len(blend)
-    greedy_choices(normalised([weight for weight, _ in blend]), shares, 0, samples)
-    return FixedSet(
-        [(StreamWindows(prefix, sequence_length), share) for (_, prefix), share in zip(blend, shares, strict=True)]
-    )
+    greedy_choices(normalised([1.0 if weight is None else weight for weight, _ in blend]), shares, 0, samples)
+    part = 0 if config.validation is not None else 1
+    readers = open_pairs(prefix for _, prefix in blend)
+    streams = [Stream(reader) if part == 0 else _part(config, reader, part) for reader in readers]
+    found: list[tuple[str, Dataset]] = []
+    for name, stream, share in zip(source_names([prefix for _, prefix in blend]), streams, shares, strict=True):
+        if part == 0 or stream.num_tokens >= 2:  # a split may leave nothing of a small pair
+            found.append((name, StreamWindows(stream, sequence_length, max(1, share))))
+    if not found:
+        raise DataError(
+            f"data.split={config.split} leaves no pair of data.train two tokens for validation; give the second part "
+            "more, or use data.validation"
+        )
+    return found
+
+
+def validation_blend(config: DataConfig) -> ConfiguredBlend:
+    """(weight, prefix) of each validation source."""
+    if config.validation is not None:
+        return blends_of(config.validation)[0].blend
+    if config.split is None or config.train is None or config.train == SYNTHETIC:
+        return ()
+    first: dict[str, float | None] = {}
+    for stage in blends_of(config.train):
+        for weight, prefix in stage.blend:
+            first.setdefault(prefix, weight)
+    if None in first.values():
+        return tuple((None, prefix) for prefix in first)
+    return tuple((weight, prefix) for prefix, weight in first.items())
+
+
+def _part(config: DataConfig, reader: IndexedReader, part: int) -> Stream:
+    """The part of a pair that data.split leaves for training (0), validation (1) or a test (2)."""
+    if config.split is None:
+        return Stream(reader)
+    bounds = split_bounds(config.split, len(reader), config.split_rounding)
+    return Stream(reader, bounds[part], bounds[part + 1])
+
+
+def source_names(prefixes: Sequence[str]) -> list[str]:
+    """A short name for each prefix: its last parts, as many as tell them apart."""
+    parts = [Path(prefix).parts for prefix in prefixes]
+    longest = max((len(part) for part in parts), default=1)
+    for count in range(1, longest + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def data_prefixes(config: DataConfig) -> list[str]:
     """The pairs that a configuration reads, each once."""
     named = [source for source in (config.train, config.validation) if source is not None and source != SYNTHETIC]
-    return list(dict.fromkeys(prefix for source in named for _, prefix in _as_blend(source)))
+    stages = [stage for source in named for stage in blends_of(source)]
+    return list(dict.fromkeys(prefix for stage in stages for _, prefix in stage.blend))
 
 
 def check_tokenizer(prefixes: Iterable[str], tokenizer: Path | None, vocab_size: int) -> None:
@@ -131,7 +246,3 @@ def _check_pair(prefix: str, tokenizer: Path | None, vocab_size: int) -> None:
             f"{fingerprint[:12]}), so its ids mean other tokens; run `megatron preprocess` with the "
             "model's tokenizer"
         )
-
-
-def _as_blend(source: Source) -> list[tuple[float, str]]:
-    return [(1.0, source)] if isinstance(source, str) else [(float(weight), prefix) for weight, prefix in source]

@@ -1,15 +1,12 @@
-"""What every dataset offers, and the checks on a window of tokens that they share."""
+"""What every dataset offers, and how samples of any of them come into rows."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-
-from megatron.utils.errors import DataError
 
 PADDING = -1  # in a sample: no token here, and no prediction of it
 ENDLESS = sys.maxsize  # the length of a dataset that never runs out
@@ -35,13 +32,24 @@ class Dataset(Protocol):
         ...
 
 
-def to_sample(tokens: NDArray[np.integer], sequence_length: int, source: Callable[[], str]) -> NDArray[np.int64]:
-    """i64[sequence_length + 1] from at most that many stored tokens, padded with `PADDING`.
+@runtime_checkable
+class RowDataset(Dataset, Protocol):
+    """A dataset whose samples are all of one length, and which reads many at once: what is fast."""
 
-    Raises DataError for a negative stored token, which could otherwise pass for padding.
-    """
-    sample = np.full(sequence_length + 1, PADDING, dtype=np.int64)
-    sample[: len(tokens)] = tokens
-    if tokens.dtype.kind == "i" and len(tokens) and tokens.min() < 0:
-        raise DataError(f"{source()} holds the token {tokens.min()}; tokens are not negative, so the data are damaged")
-    return sample
+    @property
+    def sequence_length(self) -> int: ...
+
+    def fill(self, indices: NDArray[np.int64], rows: NDArray[np.int64], at: NDArray[np.int64]) -> None:
+        """Sample `indices[k]` into `rows[at[k]]`, rows being i64[n, sequence_length + 1] and contiguous."""
+        ...
+
+    def announce(self, indices: NDArray[np.int64]) -> None:
+        """These samples will be read soon: let the system fetch them meanwhile."""
+        ...
+
+
+def sample_of(dataset: RowDataset, index: int) -> NDArray[np.int64]:
+    """One sample of a dataset that fills rows."""
+    row = np.empty((1, dataset.sequence_length + 1), dtype=np.int64)
+    dataset.fill(np.array([index]), row, np.zeros(1, dtype=np.int64))
+    return row[0]

@@ -196,7 +196,7 @@ class BatchLoader:
         ]
 
     def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples, as far as there are so many, all tokens of the vocabulary or `PADDING`: [n, sequence_length + 1].
+        """The samples, as far as there are so many, tokens of the vocabulary or `PADDING`: [n, sequence_length + 1].
 
         Valid until the next call.
         """

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.data import native
+
 _UINT32_SAMPLES = 2**32 - 2  # from here on Megatron's shuffle index is i64
 _SEPARATE_BELOW = 0.80
 
@@ -84,15 +86,9 @@ def _sample_index(
     sizes: NDArray[np.integer], document_index: NDArray[np.int32], sequence_length: int, total: int
 ) -> NDArray[np.integer]:
     """(document entry, offset) of token j x sequence_length of the joined documents, for j = 0 … total."""
-    starts = np.zeros(len(document_index) + 1, dtype=np.int64)
-    np.cumsum(sizes[document_index], dtype=np.int64, out=starts[1:])
-    positions = np.arange(total + 1, dtype=np.int64) * sequence_length
-    # The last of several entries that start at a position is the one that is not empty.
-    entries = np.searchsorted(starts, positions, side="right") - 1
-    offsets = positions - starts[entries]
-    entries[0] = 0  # Megatron starts at the first entry even if that document is empty
+    index = native.sample_index(sizes.astype(np.int32, copy=False), document_index, sequence_length, total)
     large = max(len(document_index), int(sizes.max())) > np.iinfo(np.int32).max
-    return np.stack((entries, offsets), axis=1).astype(np.int64 if large else np.int32)
+    return index if large else index.astype(np.int32)
 
 
 class KeyedPermutation:
@@ -114,6 +110,7 @@ class KeyedPermutation:
         digest = hashlib.blake2b(f"stable order, seed {seed}, epoch {epoch}".encode(), digest_size=8 * self._ROUNDS)
         content = digest.digest()
         self._keys = [int.from_bytes(content[at : at + 8], "little") for at in range(0, len(content), 8)]
+        self._key_words = np.array(self._keys, dtype=np.uint64)
 
     def __call__(self, index: int) -> int:
         """Where `index` goes."""
@@ -122,6 +119,10 @@ class KeyedPermutation:
         while value >= self.size:
             value = self._encrypt(value)
         return value
+
+    def of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where each of these goes."""
+        return native.permute(self._key_words, self._half_bits, self.size, indices)
 
     def _encrypt(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._half_mask

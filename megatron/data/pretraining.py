@@ -2,76 +2,131 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.dataset import ENDLESS, to_sample
-from megatron.data.indexed import IndexedReader
+from megatron.data.dataset import ENDLESS, sample_of
 from megatron.data.order import KeyedPermutation, megatron_order
+from megatron.data.stream import Excerpt, Pieces, Stream, runs
 from megatron.utils.errors import DataError
 
 
-class MegatronOrderDataset:
-    """The samples of Megatron's GPT dataset, in its order, for a number of requested samples and a seed.
+class StoredDataset(ABC):
+    """What both orders, and windows in file order, have in common: samples are pieces of a stream.
 
-    Sample i is a run of `sequence_length` + 1 tokens over the shuffled documents; documents are repeated as often as
-    that takes. The order depends on `samples`. Raises DataError if the pair holds no tokens.
+    `samples_per_epoch` is how many samples it takes until every token was predicted once.
     """
 
-    def __init__(self, prefix: str, *, sequence_length: int, samples: int, seed: int) -> None:
-        self._reader = IndexedReader(prefix)
-        self._sequence_length = sequence_length
-        _require_tokens(self._reader, 1, sequence_length)
-        self.order = megatron_order(self._reader.sizes, sequence_length=sequence_length, samples=samples, seed=seed)
+    samples_per_epoch: float
+
+    def __init__(self, stream: Stream, sequence_length: int) -> None:
+        self.stream = stream
+        self.sequence_length = sequence_length
+
+    @abstractmethod
+    def pieces(self, indices: NDArray[np.int64]) -> Pieces:
+        """What these samples are made of."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Samples that can be addressed."""
+
+    @abstractmethod
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        """Where in a sample documents begin behind its first token."""
+
+    @abstractmethod
+    def source(self, index: int) -> str:
+        """Where a sample comes from, in words for an error message."""
+
+    def sample(self, index: int) -> NDArray[np.int64]:
+        """Sample `index`."""
+        return sample_of(self, index)
+
+    def fill(self, indices: NDArray[np.int64], rows: NDArray[np.int64], at: NDArray[np.int64]) -> None:
+        """Sample `indices[k]` into `rows[at[k]]`. Raises DataError for a negative stored token, which could otherwise
+        pass for padding."""
+        damaged = self.stream.read(self.pieces(indices), rows, at)
+        if damaged >= 0:
+            row = rows[at[damaged]]
+            raise DataError(
+                f"{self.source(int(indices[damaged]))} holds the token {row.min()}; tokens are not negative, so the "
+                "data are damaged"
+            )
+
+    def announce(self, indices: NDArray[np.int64]) -> None:
+        """These samples will be read soon."""
+        self.stream.announce(self.pieces(indices))
+
+    def excerpts(self, index: int) -> list[Excerpt]:
+        """Which tokens of which documents sample `index` is made of."""
+        return self.stream.excerpts(self.pieces(np.array([index])))[0]
+
+
+class MegatronOrderDataset(StoredDataset):
+    """The samples of Megatron's GPT dataset, in its order, for a number of requested samples and a seed.
+
+    Sample i is a run of `sequence_length` + 1 tokens over the shuffled sequences of the stream; they are repeated as
+    often as that takes. The order depends on `samples`. Raises DataError if the stream holds no tokens.
+    """
+
+    def __init__(self, stream: Stream, *, sequence_length: int, samples: int, seed: int) -> None:
+        super().__init__(stream, sequence_length)
+        _require_tokens(stream, 1, sequence_length)
+        self.order = megatron_order(stream.sizes, sequence_length=sequence_length, samples=samples, seed=seed)
+        self.samples_per_epoch = stream.num_tokens / sequence_length
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def sample(self, index: int) -> NDArray[np.int64]:
-        """Sample `index` of the order."""
-        documents, start, end = self._run(index)
-        if len(documents) == 1:
-            tokens = self._reader.read(documents[0], start, end + 1 - start)
-        else:
-            inner = [self._reader.read(document) for document in documents[1:-1]]
-            head, tail = self._reader.read(documents[0], start), self._reader.read(documents[-1], 0, end + 1)
-            tokens = np.concatenate([head, *inner, tail])
-        return to_sample(tokens, self._sequence_length, lambda: self.source(index))
+    def pieces(self, indices: NDArray[np.int64]) -> Pieces:
+        """What these samples are made of: of each sequence they touch, one piece."""
+        shuffled = self.order.shuffle_index[indices].astype(np.int64)
+        first, begin = self.order.sample_index[shuffled].T.astype(np.int64)
+        last, end = self.order.sample_index[shuffled + 1].T.astype(np.int64)
+        counts = last - first + 1
+        ends = np.cumsum(counts)
+        samples = np.repeat(np.arange(len(indices)), counts)
+        entries = np.arange(ends[-1]) - (ends - counts - first)[samples]
+        sequences = self.order.document_index[entries] + np.int64(self.stream.first)
+        starts = np.zeros(len(entries), dtype=np.int64)
+        stops = self.stream.reader.sizes[sequences].astype(np.int64)
+        starts[ends - counts] = begin
+        stops[ends - 1] = end + 1
+        lengths = stops - starts
+        before = np.cumsum(lengths) - lengths
+        return Pieces(
+            samples, before - before[ends - counts][samples], self.stream.starts_of(sequences) + starts, lengths
+        )
 
     def boundaries(self, index: int) -> NDArray[np.int64]:
         """Where in sample `index` the next entry of the order begins: what is shuffled as one is a document."""
-        documents, start, _ = self._run(index)
-        ends = np.cumsum(self._reader.sizes[documents[:-1]], dtype=np.int64) - start
-        return np.unique(ends[ends > 0])  # an empty one ends where the one before it does
-
-    def _run(self, index: int) -> tuple[list[int], int, int]:
-        """(the documents of sample `index`, its first token in the first of them, its last token in the last)."""
-        run = int(self.order.shuffle_index[index])
-        (first, start), (last, end) = self.order.sample_index[run : run + 2].tolist()
-        return self.order.document_index[first : last + 1].tolist(), start, end
+        columns = self.pieces(np.array([index])).columns
+        return np.unique(columns[columns > 0])  # an empty one begins where the one after it does
 
     def source(self, index: int) -> str:
-        run = int(self.order.shuffle_index[index])
-        entry, offset = self.order.sample_index[run].tolist()
-        return f"{self._reader.bin_path} (sequence {self.order.document_index[entry]}, token {offset} onwards)"
+        entry, offset = self.order.sample_index[self.order.shuffle_index[index]].tolist()
+        sequence = int(self.order.document_index[entry]) + self.stream.first
+        return self.stream.source(f"sequence {sequence}, token {offset} onwards")
 
 
-class StableOrderDataset:
-    """Windows of the documents joined in file order, each once per epoch, in a permutation keyed by (seed, epoch).
+class StableOrderDataset(StoredDataset):
+    """Windows of the stream in file order, each once per epoch, in a permutation keyed by (seed, epoch).
 
     Window w is tokens w·S … w·S + S inclusive, so neighbours share one token; the fewer than S tokens after the last
     whole window are not used. Sample i depends on nothing but the data, S, the seed and i, so a run may be extended or
     its batch changed without changing what comes next. Endless. Raises DataError if there is less than one window.
     """
 
-    def __init__(self, prefix: str, *, sequence_length: int, seed: int) -> None:
-        self._reader = IndexedReader(prefix)
-        self._sequence_length = sequence_length
+    def __init__(self, stream: Stream, *, sequence_length: int, seed: int) -> None:
+        super().__init__(stream, sequence_length)
         self._seed = seed
-        _require_tokens(self._reader, sequence_length + 1, sequence_length)
-        self.windows_per_epoch = (self._reader.num_tokens - 1) // sequence_length
-        self._epoch = 0
-        self._permutation = KeyedPermutation(self.windows_per_epoch, seed=seed, epoch=0)
+        _require_tokens(stream, sequence_length + 1, sequence_length)
+        self.windows_per_epoch = (stream.num_tokens - 1) // sequence_length
+        self.samples_per_epoch = float(self.windows_per_epoch)
+        self._permutations: dict[int, KeyedPermutation] = {}
 
     def __len__(self) -> int:
         return ENDLESS
@@ -79,32 +134,45 @@ class StableOrderDataset:
     def window(self, index: int) -> int:
         """The window that sample `index` is."""
         epoch, position = divmod(index, self.windows_per_epoch)
-        permutation = self._permutation
-        if epoch != self._epoch:
-            permutation = KeyedPermutation(self.windows_per_epoch, seed=self._seed, epoch=epoch)
-            self._epoch, self._permutation = epoch, permutation
-        return permutation(position)
+        return self._permutation(epoch)(position)
 
-    def sample(self, index: int) -> NDArray[np.int64]:
-        """Sample `index` of the order."""
-        start = self.window(index) * self._sequence_length
-        tokens = self._reader.read_stream(start, start + self._sequence_length + 1)
-        return to_sample(tokens, self._sequence_length, lambda: self.source(index))
+    def windows(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The windows that these samples are."""
+        epochs, positions = np.divmod(indices, self.windows_per_epoch)
+        windows = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            of_epoch = epochs == epoch
+            windows[of_epoch] = self._permutation(epoch).of(positions[of_epoch])
+        return windows
+
+    def _permutation(self, epoch: int) -> KeyedPermutation:
+        if epoch not in self._permutations:
+            if len(self._permutations) > 8:  # enough for every epoch that a step and those read ahead may touch
+                self._permutations.clear()
+            self._permutations[epoch] = KeyedPermutation(self.windows_per_epoch, seed=self._seed, epoch=epoch)
+        return self._permutations[epoch]
+
+    def pieces(self, indices: NDArray[np.int64]) -> Pieces:
+        """What these samples are made of: one run each."""
+        starts = self.stream.start + self.windows(indices) * self.sequence_length
+        return runs(starts, np.full(len(starts), self.sequence_length + 1))
 
     def boundaries(self, index: int) -> NDArray[np.int64]:
         """Where in sample `index` documents of the file begin."""
-        start = self.window(index) * self._sequence_length
-        return self._reader.document_starts(start, start + self._sequence_length + 1) - start
+        start = self.window(index) * self.sequence_length
+        return self.stream.document_starts(start, start + self.sequence_length + 1) - start
 
     def source(self, index: int) -> str:
-        return f"{self._reader.bin_path} (token {self.window(index) * self._sequence_length:,} onwards)"
+        start = self.stream.start + self.window(index) * self.sequence_length
+        return self.stream.source(f"token {start:,} onwards")
 
 
-def _require_tokens(reader: IndexedReader, needed: int, sequence_length: int) -> None:
-    tokens = reader.num_tokens
+def _require_tokens(stream: Stream, needed: int, sequence_length: int) -> None:
+    tokens = stream.num_tokens
     if tokens < needed:
         smaller = f" or a data.sequence_length of at most {tokens - 1:,}" if tokens >= 2 else ""
+        part = "" if len(stream.sizes) == len(stream.reader) else " in the part of data.split"
         raise DataError(
-            f"{reader.prefix} holds {tokens:,} tokens, fewer than the {needed:,} that data.sequence_length="
+            f"{stream.prefix} holds {tokens:,} tokens{part}, fewer than the {needed:,} that data.sequence_length="
             f"{sequence_length} needs; use more text{smaller}"
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,12 +21,13 @@ from megatron.parallel.pipeline.schedule import forward_only
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats per token over `tokens` predictions (the sum of their weights, where these differ); and the
-    metrics that were asked for."""
+    """Mean loss in nats per token over `tokens` predictions (the sum of their weights, where these differ); the metrics
+    that were asked for; and the same of each part, where it was of several."""
 
     loss: float
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, Evaluation] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -51,12 +52,61 @@ def evaluate(
     with samples that carry no loss. With `document_mask` attention stays within documents. Some metrics need to know
     the `markers` around messages. `exchange` gathers texts from all ranks: what one cannot read is an error on all.
     """
-    context = model.context
-    device = next(model.parameters()).device
+    return evaluate_parts(
+        model,
+        {"": dataset},
+        exchange,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        document_mask=document_mask,
+        metrics=metrics,
+        markers=markers,
+    )
+
+
+def evaluate_parts(
+    model: Transformer | ChunkedTransformer,
+    datasets: Mapping[str, Dataset],
+    exchange: Exchange,
+    *,
+    micro_batch: int,
+    micro_batches: int = 1,
+    document_mask: bool = False,
+    metrics: Sequence[str] = (),
+    markers: Markers | None = None,
+) -> Evaluation:
+    """`evaluate` over several datasets: the figures of all their predictions together, and those of each."""
+    tallies = {name: Tally(metrics, markers, model.context.cp, _device(model)) for name in datasets}
+    sums = [
+        _sums(model, dataset, exchange, tallies[name], micro_batch, micro_batches, document_mask)
+        for name, dataset in datasets.items()
+    ]
+    reduced = all_reduce(torch.stack(sums), model.context.loss)
+
+    def finish(tally: Tally, row: torch.Tensor) -> Evaluation:
+        loss, tokens, *shares = row.tolist()
+        return Evaluation(loss / tokens if tokens else 0.0, round(tokens), tally.figures(shares))
+
+    parts = {name: finish(tally, row) for (name, tally), row in zip(tallies.items(), reduced, strict=True)}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    return replace(finish(next(iter(tallies.values())), reduced.sum(dim=0)), parts=parts)
+
+
+def _sums(
+    model: Transformer | ChunkedTransformer,
+    dataset: Dataset,
+    exchange: Exchange,
+    tally: Tally,
+    micro_batch: int,
+    micro_batches: int,
+    document_mask: bool,
+) -> torch.Tensor:
+    """Of this rank's share of a dataset: the sum of losses, the sum of their weights, and the metrics' sums."""
+    context, device = model.context, _device(model)
     global_batch = micro_batch * micro_batches * context.data.size
     actions = forward_only(context.pp.size, micro_batches, len(model.chunks))[context.pp.rank]
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    tally = Tally(metrics, markers, context.cp, device)
     loader = BatchLoader(
         dataset,
         global_batch=global_batch,
@@ -73,12 +123,17 @@ def evaluate(
         for number in range(rounds):
             present = [to_device(one, device) for one in batch]
             first = number * global_batch + context.data.rank * micro_batch  # of this rank's rows
-            told = tally.round(present, len(dataset) - first, micro_batch * context.data.size) if metrics else None
+            told = None
+            if tally.sums.numel():
+                told = tally.round(present, len(dataset) - first, micro_batch * context.data.size)
             totals += run_micro_batches(model, present, actions, measure=told)
             if number + 1 < rounds:  # behind the work just given to the device
                 batch = agree(exchange, loader.next_batch)
-    loss, tokens, *sums = all_reduce(torch.cat((totals, tally.sums)), context.loss).tolist()
-    return Evaluation(loss / tokens if tokens else 0.0, round(tokens), tally.figures(sums))
+    return torch.cat((totals, tally.sums))
+
+
+def _device(model: Transformer | ChunkedTransformer) -> torch.device:
+    return next(model.parameters()).device
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron.config.batches import largest_batch
 from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
 from megatron.model.flops import model_flops_per_token
@@ -107,7 +108,7 @@ def price(run: RecordedRun, gpu: Gpu, interconnect: Interconnect, title: str = "
     stages = [played[kind] for kind in run.like]
     pipelined = _run_schedule(run, stages, costs)
     step_s = max(end + stage.update_s for end, stage in zip(pipelined.ends, stages, strict=True))
-    tokens = config.train.global_batch * plan.sequence_length
+    tokens = largest_batch(config.train.global_batch) * plan.sequence_length
     return Result(
         title=title,
         layout=_layout(config, plan),
@@ -333,6 +334,6 @@ def _layout(config: RunConfig, plan: Plan) -> dict[str, object]:
         "precision": train.precision,
         "recompute": train.recompute,
         "micro batch": f"{train.micro_batch} x {plan.micro_batches}",
-        "global batch": train.global_batch,
+        "global batch": largest_batch(train.global_batch),
         "sequence length": plan.sequence_length,
     }

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from megatron.config.batches import largest_batch
 from megatron.config.run import RunConfig
 from megatron.config.train import Recompute
 from megatron.model.config import ModelConfig
@@ -51,6 +52,7 @@ def candidates(
     config: RunConfig, model: ModelConfig, world_size: int, interconnect: Interconnect
 ) -> Iterator[RunConfig]:
     """Every layout that divides GPUs, layers, heads and batch, with the least recomputation that fits tried first."""
+    global_batch = largest_batch(config.train.global_batch)
     tensors = [size for size in _divisors(interconnect.gpus_per_node) if model.num_attention_heads % size == 0]
     pipelines = [size for size in _divisors(world_size) if model.num_hidden_layers % size == 0]
     for tensor, pipeline in itertools.product(tensors, pipelines):
@@ -58,9 +60,9 @@ def candidates(
             continue
         data = world_size // (tensor * pipeline)
         for micro_batch, recompute in itertools.product(_MICRO_BATCHES, _RECOMPUTES):
-            if config.train.global_batch % (micro_batch * data):
+            if global_batch % (micro_batch * data):
                 continue
-            micro_batches = config.train.global_batch // (micro_batch * data)
+            micro_batches = global_batch // (micro_batch * data)
             for chunks in _chunks(model.num_hidden_layers, pipeline, micro_batches):
                 yield dataclasses.replace(
                     config,
@@ -83,7 +85,8 @@ def promise(config: RunConfig) -> tuple[float, ...]:
     parallel, train = config.parallel, config.train
     extra = {"none": 0.0, "selective": 0.03, "full": 0.33}[train.recompute]
     tensor = 0.05 * (parallel.tensor.bit_length() - 1)
-    bubble = (parallel.pipeline - 1) * parallel.pipeline * train.micro_batch / train.global_batch / parallel.chunks
+    micro_batches = largest_batch(train.global_batch) / train.micro_batch
+    bubble = (parallel.pipeline - 1) * parallel.pipeline / micro_batches / parallel.chunks
     return (extra + tensor + bubble, -train.micro_batch)
 
 

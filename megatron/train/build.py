@@ -12,6 +12,7 @@ import torch
 
 from megatron.checkpoint.native import read_carried
 from megatron.checkpoint.source import what_makes_it_a_model
+from megatron.config.batches import Ramp, largest_batch
 from megatron.config.data import SYNTHETIC
 from megatron.config.dump import dump_config, to_dict
 from megatron.config.parallel import ParallelConfig
@@ -19,13 +20,13 @@ from megatron.config.run import RunConfig
 from megatron.config.validate import validate_grid
 from megatron.data.build import (
     build_train_dataset,
-    build_validation_dataset,
+    build_validation_datasets,
     check_tokenizer,
     data_prefixes,
-    open_pairs,
+    open_training_sources,
 )
 from megatron.data.loader import BatchLoader
-from megatron.evaluate.perplexity import Evaluation, evaluate
+from megatron.evaluate.perplexity import Evaluation, evaluate_parts
 from megatron.model.config import ModelConfig
 from megatron.model.families import dropout_notice
 from megatron.model.flops import head_cost_in_layers, model_flops_per_token
@@ -64,9 +65,10 @@ class Plan:
     sequence_parallel: bool
     zero: int
     shard: int
+    ramp: Ramp
     samples: int
     decay_steps: int
-    micro_batches: int
+    micro_batches: int  # of the largest batch
     parts: tuple[Part, ...]
 
 
@@ -82,6 +84,7 @@ def make_plan(config: RunConfig, model: ModelConfig, world_size: int) -> Plan:
         parallel.layers,
         head_cost_in_layers(model, sequence_length),
     )
+    ramp = Ramp.of(train.global_batch, sequence_length)
     zero, shard = _division(parallel, grid.data * grid.context)
     return Plan(
         grid=grid,
@@ -89,9 +92,10 @@ def make_plan(config: RunConfig, model: ModelConfig, world_size: int) -> Plan:
         sequence_parallel=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
         zero=zero,
         shard=shard,
-        samples=config.data.samples or train.steps * train.global_batch,
+        ramp=ramp,
+        samples=config.data.samples or ramp.position_after(train.steps),
         decay_steps=config.optimizer.decay_steps or train.steps,
-        micro_batches=train.global_batch // (train.micro_batch * grid.data),
+        micro_batches=largest_batch(train.global_batch) // (train.micro_batch * grid.data),
         parts=tuple(parts),
     )
 
@@ -171,7 +175,7 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
             wish,
             save,
             steps=config.train.steps,
-            global_batch=config.train.global_batch,
+            ramp=plan.ramp,
             how_to_continue=checkpoints.how_to_continue,
         )
 
@@ -192,12 +196,7 @@ def describe_order(config: RunConfig, plan: Plan) -> dict[str, Any]:
     if data.train == SYNTHETIC or data.train is None:
         order["data.train"] = data.train
     else:
-        blend = [[1.0, data.train]] if isinstance(data.train, str) else data.train
-        readers = open_pairs(str(prefix) for _, prefix in blend)
-        order["data.train"] = [
-            {"weight": weight, "sequences": len(reader), "tokens": int(reader.num_tokens)}
-            for (weight, _), reader in zip(blend, readers, strict=True)
-        ]
+        order["data.train"] = open_training_sources(data).describe()
     return order
 
 
@@ -289,35 +288,36 @@ def open_loader(
     )
     return BatchLoader(
         dataset,
-        global_batch=config.train.global_batch,
+        global_batch=plan.ramp,
         micro_batch=config.train.micro_batch,
         rank=context.data.rank,
         size=context.data.size,
         vocab_size=model.vocab_size,
         position=position,
         document_mask=config.data.document_mask,
+        readahead=config.data.readahead,
     )
 
 
 def _validation(
     config: RunConfig, plan: Plan, origin: Origin, model: Transformer | ChunkedTransformer, world: World
 ) -> Callable[[], Evaluation] | None:
-    """A function that evaluates the fixed validation set; None where none is asked for."""
+    """A function that evaluates the fixed validation sets; None where none are asked for."""
     if config.evaluate.interval is None:
         return None
-    dataset = build_validation_dataset(
+    datasets = build_validation_datasets(
         config.data,
         sequence_length=plan.sequence_length,
-        samples=config.evaluate.batches * config.train.global_batch,
+        samples=config.evaluate.batches * largest_batch(config.train.global_batch),
         vocab_size=origin.model.vocab_size,
     )
-    if dataset is None:
+    if not datasets:
         return None
 
     def run() -> Evaluation:
-        return evaluate(
+        return evaluate_parts(
             model,
-            dataset,
+            dict(datasets),
             world.exchange,
             micro_batch=config.train.micro_batch,
             micro_batches=plan.micro_batches,
@@ -355,14 +355,16 @@ def _describe_run(
         config.train.precision,
         format_bytes(step.optimizer.state_bytes),
     )
+    batch = plan.ramp.batch_at(progress.consumed_samples)
     _logger.info(
-        "steps %d to %d, each %d sequences of %d tokens in %d micro-batches of %d per data rank",
+        "steps %d to %d, each %d sequences of %d tokens in %d micro-batches of %d per data rank%s",
         progress.step + 1,
         config.train.steps,
-        config.train.global_batch,
+        batch,
         plan.sequence_length,
-        plan.micro_batches,
+        batch // (config.train.micro_batch * grid.data),
         config.train.micro_batch,
+        _describe_ramp(plan.ramp, progress.consumed_samples),
     )
     if plan.zero == 3 and grid.pipeline > 1:
         _logger.warning(
@@ -374,6 +376,12 @@ def _describe_run(
     extendable = config.data.order == "stable" or config.data.samples is not None or config.data.train == SYNTHETIC
     if progress.step == 0 and config.checkpoint.save is not None and not extendable:
         _logger.info("more train.steps later need data.samples or data.order=stable now")
+
+
+def _describe_ramp(ramp: Ramp, position: int) -> str:
+    """What the batch becomes later on."""
+    later = [f", {batch} from sample {first:,} on" for first, batch in ramp.stages if first > position]
+    return "".join(later)
 
 
 def _describe_division(plan: Plan) -> str:

@@ -23,7 +23,7 @@ from megatron.parallel.collectives import all_reduce
 from megatron.parallel.gradients import GradientReducer, ShardedGradientReducer
 from megatron.parallel.layout import Region
 from megatron.parallel.mesh import ParallelContext
-from megatron.parallel.pipeline.schedule import make_schedule
+from megatron.parallel.pipeline.schedule import Action, make_schedule
 from megatron.parallel.weights import GatheredWeights, ShardedWeights
 
 
@@ -42,8 +42,9 @@ class StepOutcome:
 class TrainingStep:
     """The model of this rank with its buckets and optimizer, and the step over them.
 
-    `micro_batches` is the number of micro-batches that each data rank runs in a step. What `zero` divides is divided
-    over `context.shard`. A model on torch's meta device gets its (zero) weights on `device`.
+    `micro_batches` is the number of micro-batches that each data rank usually runs in a step; a step may be given
+    another number. What `zero` divides is divided over `context.shard`. A model on torch's meta device gets its (zero)
+    weights on `device`.
     """
 
     def __init__(
@@ -74,13 +75,15 @@ class TrainingStep:
         self.gradients = (ShardedGradientReducer if zero == 3 else GradientReducer)(self.buckets, context)
         self.norm = GradientNorm(self.buckets, context)
         self.optimizer = AdamW(self.buckets, config)
-        self.micro_batches = micro_batches
-        self.actions = make_schedule(schedule, context.pp.size, micro_batches, len(model.chunks))[context.pp.rank]
+        self._schedule = schedule
+        self._actions: dict[int, list[Action]] = {}
+        self.actions = self._actions_for(micro_batches)
 
     def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepOutcome:
         """Train on this data rank's micro-batches as step `step` (from 1)."""
-        self.gradients.begin(self.micro_batches)
-        totals = run_micro_batches(self.model, micro_batches, self.actions, self.gradients.later)
+        actions = self._actions_for(len(micro_batches))
+        self.gradients.begin(len(micro_batches))
+        totals = run_micro_batches(self.model, micro_batches, actions, self.gradients.later)
         self.gradients.finish()
         loss_sum, tokens = all_reduce(totals, self.context.loss)
         tokens = tokens.clamp(min=1.0)
@@ -90,6 +93,15 @@ class TrainingStep:
         self.optimizer.step(rate, clip_divisor(norm, tokens, self.config.clip_grad), not_finite)
         self.weights.updated()
         return StepOutcome(loss_sum / tokens, norm / tokens, tokens, not_finite, rate)
+
+    def _actions_for(self, micro_batches: int) -> list[Action]:
+        """This stage's actions in a step of so many micro-batches: under a ramp of the batch, steps differ."""
+        if micro_batches not in self._actions:
+            stages, chunks = self.context.pp, len(self.model.chunks)
+            self._actions[micro_batches] = make_schedule(self._schedule, stages.size, micro_batches, chunks)[
+                stages.rank
+            ]
+        return self._actions[micro_batches]
 
     def fill(self, values: Callable[[Region, torch.Tensor], None]) -> None:
         """Give the weights new values: `values` writes those of a region of a canonical tensor; padding becomes zero.

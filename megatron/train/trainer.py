@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from megatron.config.batches import Ramp
 from megatron.data.loader import BatchLoader, MicroBatch
 from megatron.evaluate.perplexity import to_device
 from megatron.parallel.world import World
@@ -23,8 +24,8 @@ _GO_ON, _STOP, _FAILED = 0, 1, 2
 class Trainer:
     """Runs steps until `steps` are done or all ranks agreed to stop, then saves.
 
-    `loader` continues at `progress`; `save` writes a checkpoint of the present state; `how_to_continue` is said after a
-    stop.
+    `loader` continues at `progress` with the batches of `ramp`; `save` writes a checkpoint of the present state;
+    `how_to_continue` is said after a stop.
     """
 
     def __init__(
@@ -38,12 +39,12 @@ class Trainer:
         save: Callable[[], None],
         *,
         steps: int,
-        global_batch: int,
+        ramp: Ramp,
         how_to_continue: str,
     ) -> None:
         self.world, self.step, self.loader, self.progress = world, step, loader, progress
         self.hooks, self.wish, self.save = hooks, wish, save
-        self.steps, self.global_batch, self.how_to_continue = steps, global_batch, how_to_continue
+        self.steps, self.ramp, self.how_to_continue = steps, ramp, how_to_continue
 
     def fit(self) -> None:
         """Train. Errors of one rank are raised on all, after the present state was saved."""
@@ -57,7 +58,8 @@ class Trainer:
             # While a GPU still computes the step, the next batch is fetched and the vote taken.
             upcoming, failure = self._fetch_next()
             vote = self.world.vote(_FAILED if failure else _STOP if self.wish.wanted() else _GO_ON)
-            self.progress.advance(self.global_batch, batch[0].tokens.shape[1])
+            samples = self.ramp.batch_at(self.progress.consumed_samples)
+            self.progress.advance(samples, batch[0].tokens.shape[1])
             self._run_hooks(outcome)
             ballot, batch = vote.result(), upcoming
         self.save()

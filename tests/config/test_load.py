@@ -150,6 +150,18 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, hint: str) ->
         ('log: {dir: "a\\tb"}\n', "characters that cannot be printed: 'a\\tb'"),
         ("log: {dir: 5}\n", "put it in quotes"),
         ("data: {train: []}\n", "must be a prefix or a list of [weight, prefix] pairs"),
+        ("data: {train: [a, a]}\n", "names a twice in a blend"),
+        ("data: {train: [[1, a], [null, b]]}\n", "gives some of its pairs a weight and others none"),
+        ("data: {train: [{from_tokens: 5, blend: a}]}\n", "begins its parts at [5] from_tokens: the first begins at 0"),
+        (
+            "data: {train: [{from_tokens: 0, blend: a}, {from_tokens: 0, blend: b}]}\n",
+            "each later than the one before",
+        ),
+        ("data: {train: [{from: 0, blend: a}]}\n", "has the entry {from: 0, blend: a}: blends that follow each other"),
+        ("data: {train: [{from_tokens: 0, blend: []}]}\n", "has the blend []: a blend is a prefix or a list"),
+        ("train: {global_batch: []}\n", "must be a whole number, or a list of"),
+        ("train: {global_batch: [[0, 8], [5, 0]]}\n", "must be at least 1"),
+        ("train: {global_batch: [[0, 8], [-1, 16]]}\n", "begins its parts at [0, -1] tokens"),
         ("data: {train: [1, a]}\n", "has the entry 1: a blend is"),
         ("data: {train: [[a, 1]]}\n", "has the entry [a, 1]: a blend is"),
         ("data: {train: [[1, a], [0, b]]}\n", "gives b the weight 0"),
@@ -218,22 +230,32 @@ def test_differences_counts_a_missing_key_as_its_default() -> None:
 
 
 words = st.text(min_size=1).filter(lambda text: text.strip() != "" and text.isprintable())
-sources = words | st.lists(st.tuples(st.floats(1e-9, 1e9), words), min_size=1).map(tuple)
+weighted = st.lists(st.tuples(st.floats(1e-9, 1e9), words), min_size=1, max_size=4, unique_by=lambda pair: pair[1])
+blends = weighted | st.lists(words, min_size=1, max_size=4, unique=True)
+stages = st.lists(blends, min_size=1, max_size=3).map(
+    lambda following: [{"from_tokens": 100 * number, "blend": blend} for number, blend in enumerate(following)]
+)
+sources = words | blends | stages
+batches = st.integers(1, 99) | st.lists(st.integers(1, 99), min_size=1, max_size=3).map(
+    lambda sizes: [[1000 * number, size] for number, size in enumerate(sizes)]
+)
 
 
 @given(
     folder=words,
     source=sources,
+    batch=batches,
     rate=st.floats(0, 1e6),
     seed=st.integers(0, 2**32 - 1),
     sequence=st.sampled_from([None, True, False]),
 )
 def test_what_is_written_is_read_back_identically(
-    folder: str, source: object, rate: float, seed: int, sequence: bool | None
+    folder: str, source: object, batch: object, rate: float, seed: int, sequence: bool | None
 ) -> None:
     values = {
         "log": {"dir": folder},
         "data": {"train": source, "seed": seed},
+        "train": {"global_batch": batch},
         "optimizer": {"learning_rate": rate},
         "parallel": {"sequence": sequence},
     }

@@ -35,7 +35,31 @@ from megatron.utils.errors import ConfigError
         (["--optimizer.min_learning_rate=1"], "is above optimizer.learning_rate", (["--optimizer.learning_rate=1"],)),
         (["--checkpoint.interval=5"], "without checkpoint.save", (["--checkpoint.save=x"],)),
         (["--checkpoint.keep_last=5"], "without checkpoint.save", (["--checkpoint.save=x"],)),
-        (["--evaluate.interval=5"], "without data.validation", (["--data.validation=x"],)),
+        (
+            ["--evaluate.interval=5"],
+            "without data.validation",
+            (["--data.validation=x"], ["--data.split=9,1", "--data.train=x"]),
+        ),
+        (
+            ["--data.split=9,1", "--data.validation=x"],
+            "the split takes validation data from data.train",
+            (["--data.split=null"], ["--data.validation=null"]),
+        ),
+        (
+            ["--data.validation=[{from_tokens: 0, blend: a}, {from_tokens: 9, blend: b}]"],
+            "give one blend",
+            (["--data.validation=[a, b]"],),
+        ),
+        (
+            ["--train.global_batch=[[0, 4], [1e6, 9]]", "--train.micro_batch=2"],
+            "train.global_batch=9 is not divisible by train.micro_batch=2",
+            (["--train.global_batch=[[0, 4], [1e6, 8]]"],),
+        ),
+        (
+            ["--data.samples=500", "--data.sequence_length=10", "--train.global_batch=[[0, 4], [400, 8]]"],
+            "[[0, 4], [400, 8]] = 760; use data.samples=760 or more, or train.steps=67 or fewer",
+            (["--data.samples=760"], ["--train.steps=67"]),
+        ),
         (["--log.tensorboard=true"], "without log.dir", (["--log.dir=x"],)),
         (["--parallel.zero=2"], "use 1, or 3 to divide both", (["--parallel.zero=1"], ["--parallel.zero=3"])),
         (

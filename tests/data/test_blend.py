@@ -13,14 +13,17 @@ from numpy.typing import NDArray
 from megatron.data import blend
 from megatron.data.blend import (
     PERIOD,
-    MegatronBlend,
-    StableBlend,
-    greedy_choices,
+    Blend,
+    Choices,
+    MegatronChoices,
+    StableChoices,
+    Stage,
     integer_weights,
     member_samples,
     normalised,
 )
 from megatron.data.dataset import ENDLESS
+from megatron.data.native import greedy_choices
 from megatron.utils.errors import ConfigError
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
@@ -29,8 +32,11 @@ WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
 class Numbered:
     """Sample i of member m is [m, i]."""
 
-    def __init__(self, member: int, length: int) -> None:
+    sequence_length = 1
+
+    def __init__(self, member: int, length: int = ENDLESS) -> None:
         self._member, self._length = member, length
+        self.announced: list[int] = []
 
     def __len__(self) -> int:
         return self._length
@@ -39,11 +45,29 @@ class Numbered:
         assert index < self._length, "the blend asked for more than the member has"
         return np.array([self._member, index])
 
+    def fill(self, indices: NDArray[np.int64], rows: NDArray[np.int64], at: NDArray[np.int64]) -> None:
+        for index, row in zip(indices.tolist(), at.tolist(), strict=True):
+            rows[row] = self.sample(index)
+
+    def announce(self, indices: NDArray[np.int64]) -> None:
+        self.announced += indices.tolist()
+
     def boundaries(self, index: int) -> NDArray[np.int64]:
         return np.array([10 * self._member + index])
 
     def source(self, index: int) -> str:
         return f"member {self._member}, sample {index}"
+
+
+def one_stage(choices: Choices, members: list[Numbered], samples: int = ENDLESS) -> Blend:
+    return Blend(members, [Stage(0, choices, tuple(range(len(members))))], samples)
+
+
+def read(blend: Blend, indices: list[int]) -> list[list[int]]:
+    """The samples at these positions, read at once."""
+    rows = np.full((len(indices), 2), -7)
+    blend.fill(np.array(indices, dtype=np.int64), rows, np.arange(len(indices)))
+    return rows.tolist()
 
 
 def slow_blend(weights: list[float], samples: int) -> list[list[int]]:
@@ -66,30 +90,40 @@ def test_known_choices() -> None:
     assert counts == [6, 3]
 
 
-@given(weights=WEIGHTS, samples=st.integers(1, 120), block=st.integers(1, 50))
+@given(weights=WEIGHTS, samples=st.integers(1, 120), block=st.integers(1, 50), kept=st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
 def test_megatron_blend_equals_the_slow_reference_and_never_exhausts_a_member(
-    weights: list[float], samples: int, block: int
+    weights: list[float], samples: int, block: int, kept: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blend, "_BLOCK", block)
+        patch.setattr(blend, "_BLOCKS_KEPT", kept)
         members = [
             Numbered(number, member_samples(samples, weight)) for number, weight in enumerate(normalised(weights))
         ]
-        dataset = MegatronBlend(members, weights, samples=samples)
+        dataset = one_stage(MegatronChoices(weights), members, samples)
         assert len(dataset) == samples
-        assert [dataset.sample(i).tolist() for i in range(samples)] == slow_blend(weights, samples)
+        expected = slow_blend(weights, samples)
+        assert read(dataset, list(range(samples))) == expected
+        assert [dataset.sample(i).tolist() for i in reversed(range(samples))] == expected[::-1]
+        for position in (0, samples // 2, samples - 1):
+            before = [member for member, _ in expected[:position]]
+            assert dataset.given(position) == [before.count(member) for member in range(len(weights))]
 
 
 def test_megatron_blend_is_addressed_in_any_order() -> None:
-    members = [Numbered(0, 200_000), Numbered(1, 200_000), Numbered(2, 200_000)]
+    members = [Numbered(number, 200_000) for number in range(3)]
     weights, samples = [5.0, 2.0, 3.0], 140_000  # three blocks
     expected = slow_blend(weights, samples)
-    backwards = MegatronBlend(members, weights, samples=samples)
-    for index in (139_999, 70_000, 65_536, 65_535, 3, 0):
-        assert backwards.sample(index).tolist() == expected[index]
+    backwards = one_stage(MegatronChoices(weights), members, samples)
+    asked = [139_999, 70_000, 65_536, 65_535, 3, 0]
+    assert read(backwards, asked) == [expected[index] for index in asked]
     assert backwards.source(3) == f"member {expected[3][0]}, sample {expected[3][1]}"
     assert backwards.boundaries(3).tolist() == [10 * expected[3][0] + expected[3][1]]
+    backwards.announce(np.array(asked))
+    assert sorted((number, index) for number, one in enumerate(members) for index in one.announced) == sorted(
+        (member, index) for member, index in (expected[index] for index in asked)
+    )
 
 
 def test_members_are_asked_for_megatrons_surplus() -> None:
@@ -113,22 +147,52 @@ def test_tiny_weights_still_get_a_place() -> None:
 
 def test_stable_blend_repeats_its_table_and_continues_each_member() -> None:
     weights = [0.62, 0.08, 0.30]
-    dataset = StableBlend([Numbered(number, ENDLESS) for number in range(3)], weights)
+    choices = StableChoices(weights)
+    dataset = one_stage(choices, [Numbered(number) for number in range(3)])
     assert len(dataset) == ENDLESS
+    first = read(dataset, list(range(PERIOD)))
+    members = [member for member, _ in first]
     counts = [0, 0, 0]
-    members = []
-    for index in range(PERIOD):
-        member, within = dataset.locate(index) if index % 97 == 0 else (int(dataset._table[index]), -1)
-        assert within in (-1, counts[member])
-        members.append(member)
+    for index, (member, within) in enumerate(first):
+        assert within == counts[member], index
         counts[member] += 1
-    assert counts == dataset.weights
+    assert counts == choices.weights
     for index in (0, 1, 12_345, PERIOD - 1):
         member, within = dataset.sample(5 * PERIOD + index).tolist()
         assert member == members[index]
         assert within == 5 * counts[member] + members[:index].count(member)
+        assert dataset.given(5 * PERIOD + index) == [5 * counts[one] + members[:index].count(one) for one in range(3)]
     lags = np.abs(np.cumsum(np.array(members) == 0) - np.arange(1, PERIOD + 1) * weights[0])
     assert lags.max() < 2  # never far from its share
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    kind=st.sampled_from([MegatronChoices, StableChoices]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_stages_neither_repeat_nor_leave_out_a_sample(lengths: list[int], kind: type, seed: int) -> None:
+    """Whatever members the stages draw on, with whatever weights: each member's samples come in turn, each once."""
+    generator = np.random.default_rng(seed)
+    members = [Numbered(number) for number in range(4)]
+    stages, first = [], 0
+    for length in lengths:
+        drawn = tuple(generator.permutation(4)[: generator.integers(1, 5)].tolist())
+        stages.append(Stage(first, kind(generator.uniform(0.1, 1, len(drawn)).tolist()), drawn))
+        first += length
+    dataset = Blend(members, stages)
+    samples = read(dataset, list(range(first + 50)))
+    counts = [0] * 4
+    for position, (member, within) in enumerate(samples):
+        assert within == counts[member]
+        stage = [stage for stage in stages if stage.first <= position][-1]
+        assert member in stage.members
+        assert dataset.given(position) == counts
+        counts[member] += 1
+    alone = one_stage(stages[-1].choices, [members[member] for member in stages[-1].members])
+    expected = [member for member, _ in read(alone, list(range(20)))]
+    assert [member for member, _ in samples[stages[-1].first :][:20]] == expected, "each stage begins its rule anew"
 
 
 @pytest.mark.parametrize("weights", [[], [0.5, 0.0], [1.0, -1.0], [math.nan], [math.inf, 1.0]])

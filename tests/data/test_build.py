@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from megatron.config.data import DataConfig
+from megatron.config.data import BlendFrom, DataConfig
 from megatron.data import build
-from megatron.data.blend import MegatronBlend, StableBlend
+from megatron.data.blend import Blend
 from megatron.data.build import (
     build_train_dataset,
-    build_validation_dataset,
+    build_validation_datasets,
     check_tokenizer,
     data_prefixes,
     open_pairs,
+    open_training_sources,
+    source_names,
 )
 from megatron.data.dataset import ENDLESS, Dataset
+from megatron.data.indexed import IndexedReader
+from megatron.data.ledger import ledger
+from megatron.data.order import megatron_order
 from megatron.data.pretraining import MegatronOrderDataset, StableOrderDataset
 from megatron.data.provenance import Provenance, provenance_path, write_provenance
+from megatron.data.stream import Stream
 from megatron.data.synthetic import SyntheticDataset
 from megatron.utils.errors import ConfigError, DataError
 
@@ -32,8 +40,17 @@ def train(config: DataConfig, samples: int = 30) -> Dataset:
     return build_train_dataset(config, sequence_length=4, samples=samples, vocab_size=1000)
 
 
-def validation(config: DataConfig, samples: int) -> Dataset | None:
-    return build_validation_dataset(config, sequence_length=4, samples=samples, vocab_size=1000)
+def validation(config: DataConfig, samples: int) -> dict[str, Dataset]:
+    return dict(build_validation_datasets(config, sequence_length=4, samples=samples, vocab_size=1000))
+
+
+def stream(prefix: str) -> Stream:
+    return Stream(IndexedReader(prefix))
+
+
+def firsts(dataset: Dataset) -> list[int]:
+    """The first token of each sample."""
+    return [int(dataset.sample(i)[0]) for i in range(len(dataset))]
 
 
 @pytest.fixture
@@ -43,11 +60,11 @@ def pairs(make_pair: MakePair) -> tuple[str, str]:
 
 def test_one_prefix_is_that_pair_in_the_asked_order(pairs: tuple[str, str]) -> None:
     dataset = train(DataConfig(train=pairs[0], seed=7))
-    direct = MegatronOrderDataset(pairs[0], sequence_length=4, samples=30, seed=7)
+    direct = MegatronOrderDataset(stream(pairs[0]), sequence_length=4, samples=30, seed=7)
     assert len(dataset) == len(direct) >= 30
     assert [dataset.sample(i).tolist() for i in range(30)] == [direct.sample(i).tolist() for i in range(30)]
     stable = train(DataConfig(train=pairs[0], seed=7, order="stable"))
-    expected = StableOrderDataset(pairs[0], sequence_length=4, seed=7)
+    expected = StableOrderDataset(stream(pairs[0]), sequence_length=4, seed=7)
     assert [stable.sample(i).tolist() for i in range(30)] == [expected.sample(i).tolist() for i in range(30)]
 
 
@@ -59,10 +76,10 @@ def test_a_blend_of_one_is_no_blend(pairs: tuple[str, str]) -> None:
     assert isinstance(train(DataConfig(train=((3.0, pairs[0]),), order="stable")), StableOrderDataset)
 
 
-@pytest.mark.parametrize(("order", "kind"), [("megatron", MegatronBlend), ("stable", StableBlend)])
-def test_blends_draw_on_their_members_by_weight(pairs: tuple[str, str], order: str, kind: type) -> None:
+@pytest.mark.parametrize("order", ["megatron", "stable"])
+def test_blends_draw_on_their_members_by_weight(pairs: tuple[str, str], order: str) -> None:
     dataset = train(DataConfig(train=((1.5, pairs[0]), (0.5, pairs[1])), order=order), samples=400)
-    assert isinstance(dataset, kind)
+    assert isinstance(dataset, Blend)
     assert len(dataset) == (400 if order == "megatron" else ENDLESS)
     from_second = sum(int(dataset.sample(i)[0]) >= 500 for i in range(400))
     assert from_second == 100
@@ -71,7 +88,7 @@ def test_blends_draw_on_their_members_by_weight(pairs: tuple[str, str], order: s
 def test_megatron_members_are_built_with_the_surplus_and_the_same_seed(pairs: tuple[str, str]) -> None:
     dataset = train(DataConfig(train=((0.7, pairs[0]), (0.3, pairs[1])), seed=5), samples=1000)
     members = [
-        MegatronOrderDataset(prefix, sequence_length=4, samples=samples, seed=5)
+        MegatronOrderDataset(stream(prefix), sequence_length=4, samples=samples, seed=5)
         for prefix, samples in zip(pairs, (704, 302), strict=True)
     ]
     assert [dataset.sample(i).tolist() for i in range(5)] == [
@@ -87,24 +104,114 @@ def test_stable_order_goes_on_alike_when_the_run_is_extended(pairs: tuple[str, s
 
 def test_synthetic_data_stay_in_the_vocabulary_and_differ_between_training_and_validation() -> None:
     config = DataConfig(train="synthetic", validation="synthetic", seed=2)
-    dataset, held_out = train(config), validation(config, 8)
-    assert isinstance(dataset, SyntheticDataset) and held_out is not None
+    dataset, held_out = train(config), validation(config, 8)["synthetic"]
+    assert isinstance(dataset, SyntheticDataset)
     assert len(held_out) == 8
     assert 0 <= dataset.sample(0).min() and dataset.sample(0).max() < 1000
     assert dataset.sample(0).tolist() != held_out.sample(0).tolist()
 
 
 def test_validation_is_the_beginning_of_each_stream_in_file_order(pairs: tuple[str, str]) -> None:
-    assert validation(DataConfig(), 8) is None
-    single = validation(DataConfig(validation=pairs[0]), 3)
-    assert single is not None
+    assert validation(DataConfig(), 8) == {}
+    single = validation(DataConfig(validation=pairs[0]), 3)["first"]
     assert [single.sample(i).tolist()[:2] for i in range(len(single))] == [[0, 1], [4, 5], [8, 9]]
     blended = validation(DataConfig(validation=((0.75, pairs[0]), (0.25, pairs[1]))), 8)
-    assert blended is not None
-    assert [int(blended.sample(i)[0]) for i in range(len(blended))] == [0, 4, 8, 12, 16, 20, 500, 504]
-    everything = validation(DataConfig(validation=pairs[1]), 1000)
-    assert everything is not None
-    assert len(everything) == 8
+    assert {name: firsts(one) for name, one in blended.items()} == {
+        "first": [0, 4, 8, 12, 16, 20],
+        "second": [500, 504],
+    }
+    alike = validation(DataConfig(validation=((None, pairs[0]), (None, pairs[1]))), 4)
+    assert [len(one) for one in alike.values()] == [2, 2]
+    uneven = validation(DataConfig(validation=((99.0, pairs[0]), (1.0, pairs[1]))), 1)
+    assert [len(one) for one in uneven.values()] == [1, 1], "a source is never left out"
+    assert len(validation(DataConfig(validation=pairs[1]), 1000)["second"]) == 8
+
+
+def test_a_split_leaves_sequences_for_validation_and_test(make_pair: MakePair) -> None:
+    prefix = make_pair([range(10 * i, 10 * i + 10) for i in range(20)], name="many")
+    config = DataConfig(train=prefix, split="80,10,10")
+    held_out = validation(config, 100)["many"]
+    assert firsts(held_out) == [160, 164, 168, 172, 176]
+    dataset = train(config, samples=40)
+    assert isinstance(dataset, MegatronOrderDataset)
+    whole = megatron_order(np.full(16, 10, np.int32), sequence_length=4, samples=40, seed=config.seed)
+    assert dataset.order.document_index.tolist() == whole.document_index.tolist()
+    assert max(int(dataset.sample(i).max()) for i in range(len(dataset))) == 159
+    stable = train(dataclasses.replace(config, order="stable"))
+    assert isinstance(stable, StableOrderDataset) and stable.windows_per_epoch == 159 // 4
+    assert open_training_sources(config).describe() == [{"weight": 1.0, "sequences": 16, "tokens": 160}]
+
+
+def test_a_split_that_leaves_nothing_says_so(pairs: tuple[str, str]) -> None:
+    with pytest.raises(DataError, match=r"data.split=969,30,1 leaves no pair of data.train two tokens for validation"):
+        validation(DataConfig(train=pairs[0], split="969,30,1"), 8)
+    with pytest.raises(DataError, match=r"holds 0 tokens in the part of data.split"):
+        train(DataConfig(train=pairs[0], split="0,1,0"))
+
+
+@pytest.mark.parametrize(("temperature", "second"), [(1.0, 33), (2.0, 33**0.5), (1000.0, 1.0)])
+def test_a_list_of_prefixes_is_weighed_by_size(pairs: tuple[str, str], temperature: float, second: float) -> None:
+    config = DataConfig(train=((None, pairs[0]), (None, pairs[1])), temperature=temperature, order="stable")
+    ((_, blend),) = open_training_sources(config).blends
+    first = 85 ** (1 / temperature)
+    assert blend[1][0] / blend[0][0] == pytest.approx(second / first, rel=1e-2)
+    drawn = train(config)
+    assert isinstance(drawn, Blend)
+    assert drawn.given(10_000)[1] == pytest.approx(10_000 * second / (first + second), rel=1e-2)
+
+
+def stages(pairs: tuple[str, str]) -> tuple[BlendFrom, ...]:
+    return (
+        BlendFrom(0, ((1.0, pairs[0]),)),
+        BlendFrom(80, ((1.0, pairs[0]), (3.0, pairs[1]))),
+        BlendFrom(202, ((1.0, pairs[1]),)),
+    )
+
+
+@pytest.mark.parametrize("order", ["megatron", "stable"])
+def test_blends_follow_each_other_at_a_number_of_tokens(pairs: tuple[str, str], order: str) -> None:
+    dataset = train(DataConfig(train=stages(pairs), order=order), samples=60)
+    from_second = [int(dataset.sample(i)[0]) >= 500 for i in range(60)]
+    assert not any(from_second[:20]) and all(from_second[51:])
+    assert sum(from_second[20:51]) == 23
+    assert isinstance(dataset, Blend)
+    assert dataset.given(60) == [28, 32]
+    assert [(account.samples, account.tokens) for account in ledger(dataset, 60)] == [(28, 112), (32, 128)]
+    if order == "stable":
+        whole = [dataset.sample(i).tolist() for i in range(60)]
+        alone = [
+            [part.sample(i).tolist() for i in range(60)]
+            for part in (train(DataConfig(train=prefix, order=order)) for prefix in pairs)
+        ]
+        assert [row for row in whole if row[0] < 500] == alone[0][:28], "a source goes on where it was"
+        assert [row for row in whole if row[0] >= 500] == alone[1][:32]
+
+
+def test_megatron_members_of_following_blends_are_built_for_what_they_are_asked_for(pairs: tuple[str, str]) -> None:
+    dataset = train(DataConfig(train=stages(pairs)), samples=60)
+    assert isinstance(dataset, Blend)
+    # 20 alone; 31 positions of which 8 and 24 with the surplus; 9 alone
+    expected = [20 + math.ceil(31 * 0.25 * 1.005), math.ceil(31 * 0.75 * 1.005) + 9]
+    for part, prefix, samples in zip(dataset.parts, pairs, expected, strict=True):
+        alone = MegatronOrderDataset(stream(prefix), sequence_length=4, samples=samples, seed=1234)
+        assert isinstance(part, MegatronOrderDataset)
+        assert part.order.shuffle_index.tolist() == alone.order.shuffle_index.tolist()
+
+
+def test_a_ledger_counts_epochs_of_what_is_predicted(pairs: tuple[str, str]) -> None:
+    for order in ("megatron", "stable"):
+        dataset = train(DataConfig(train=pairs[0], order=order))
+        (account,) = ledger(dataset, 42)
+        per_epoch = 85 / 4 if order == "megatron" else 21
+        assert (account.prefix, account.samples, account.tokens) == (pairs[0], 42, 168)
+        assert account.epochs == pytest.approx(42 / per_epoch)
+    assert ledger(train(DataConfig(train="synthetic")), 42) == []
+
+
+def test_names_of_sources_are_as_short_as_tells_them_apart() -> None:
+    assert source_names(["/a/b/text", "/a/c/code"]) == ["text", "code"]
+    assert source_names(["/a/b/text", "/a/c/text", "x"]) == ["b/text", "c/text", "x"]
+    assert source_names(["text"]) == ["text"]
 
 
 def test_no_training_data_is_an_error_that_says_what_to_set() -> None:

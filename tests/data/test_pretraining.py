@@ -14,9 +14,14 @@ from hypothesis import strategies as st
 from megatron.data.dataset import ENDLESS
 from megatron.data.indexed import IndexedReader, IndexedWriter
 from megatron.data.pretraining import MegatronOrderDataset, StableOrderDataset
+from megatron.data.stream import Stream
 from megatron.utils.errors import DataError
 
 from .conftest import MakePair
+
+
+def stream(prefix: str) -> Stream:
+    return Stream(IndexedReader(prefix))
 
 
 def numbered(sizes: list[int]) -> list[list[int]]:
@@ -40,30 +45,30 @@ def test_megatron_samples_are_runs_of_the_shuffled_documents(
         for document in documents:
             writer.add_sequence(document)
             writer.end_document()
-    dataset = MegatronOrderDataset(prefix, sequence_length=sequence_length, samples=samples, seed=3)
-    stream = [token for number in dataset.order.document_index for token in documents[number]]
+    dataset = MegatronOrderDataset(stream(prefix), sequence_length=sequence_length, samples=samples, seed=3)
+    tokens = [token for number in dataset.order.document_index for token in documents[number]]
     for index in range(len(dataset)):
         start = int(dataset.order.shuffle_index[index]) * sequence_length
         sample = dataset.sample(index)
         assert sample.dtype == np.int64
-        assert sample.tolist() == stream[start : start + sequence_length + 1]
+        assert sample.tolist() == tokens[start : start + sequence_length + 1]
     assert sorted(dataset.order.shuffle_index.tolist()) == list(range(len(dataset)))
 
 
 def test_megatron_samples_of_the_real_pair(shared: Path) -> None:
     prefix = str(shared / "data/megatron/meg-gpt2-openwebtext_text_document")
-    dataset = MegatronOrderDataset(prefix, sequence_length=1024, samples=3000, seed=1234)
+    dataset = MegatronOrderDataset(stream(prefix), sequence_length=1024, samples=3000, seed=1234)
     reader = IndexedReader(prefix)
     order = dataset.order.document_index.tolist()
-    stream = np.concatenate([reader.read(number) for number in order])
+    tokens = np.concatenate([reader.read(number) for number in order])
     for index in (0, 1, 77, len(dataset) - 1):
         start = int(dataset.order.shuffle_index[index]) * 1024
-        assert dataset.sample(index).tolist() == stream[start : start + 1025].tolist()
+        assert dataset.sample(index).tolist() == tokens[start : start + 1025].tolist()
 
 
 def test_every_stable_epoch_visits_every_window_once_in_another_order(make_pair: MakePair) -> None:
     prefix = make_pair(numbered([30, 0, 51, 23]))  # 104 tokens: 20 windows of 5, and 3 tokens that are left over
-    dataset = StableOrderDataset(prefix, sequence_length=5, seed=1)
+    dataset = StableOrderDataset(stream(prefix), sequence_length=5, seed=1)
     assert dataset.windows_per_epoch == 20
     epochs = [[dataset.sample(20 * epoch + i).tolist() for i in range(20)] for epoch in range(3)]
     for epoch in epochs:
@@ -74,7 +79,7 @@ def test_every_stable_epoch_visits_every_window_once_in_another_order(make_pair:
 
 
 def test_stable_windows_share_exactly_one_token(make_pair: MakePair) -> None:
-    dataset = StableOrderDataset(make_pair(numbered([26])), sequence_length=5, seed=9)
+    dataset = StableOrderDataset(stream(make_pair(numbered([26]))), sequence_length=5, seed=9)
     counts = Counter(token for i in range(5) for token in dataset.sample(i).tolist())
     assert {token for token, count in counts.items() if count == 2} == {5, 10, 15, 20}
     assert sorted(counts) == list(range(26))
@@ -82,24 +87,24 @@ def test_stable_windows_share_exactly_one_token(make_pair: MakePair) -> None:
 
 def test_a_stable_sample_depends_on_its_position_alone(make_pair: MakePair) -> None:
     prefix = make_pair(numbered([40, 60]))
-    first = StableOrderDataset(prefix, sequence_length=7, seed=5)
+    first = StableOrderDataset(stream(prefix), sequence_length=7, seed=5)
     forwards = [first.sample(i).tolist() for i in range(60)]
-    second = StableOrderDataset(prefix, sequence_length=7, seed=5)
+    second = StableOrderDataset(stream(prefix), sequence_length=7, seed=5)
     backwards = [second.sample(i).tolist() for i in reversed(range(60))]
     assert forwards == backwards[::-1]
-    other = StableOrderDataset(prefix, sequence_length=7, seed=6)
+    other = StableOrderDataset(stream(prefix), sequence_length=7, seed=6)
     assert forwards != [other.sample(i).tolist() for i in range(60)]
 
 
 def test_less_than_one_window_is_an_error_in_the_stable_order(make_pair: MakePair) -> None:
     prefix = make_pair(numbered([4, 4]))
-    assert StableOrderDataset(prefix, sequence_length=7, seed=1).sample(0).tolist() == list(range(8))
+    assert StableOrderDataset(stream(prefix), sequence_length=7, seed=1).sample(0).tolist() == list(range(8))
     with pytest.raises(DataError, match=r"8 tokens.* the 9 that data.sequence_length=8.*at most 7"):
-        StableOrderDataset(prefix, sequence_length=8, seed=1)
+        StableOrderDataset(stream(prefix), sequence_length=8, seed=1)
 
 
 def test_megatrons_order_repeats_documents_to_fill_a_window(make_pair: MakePair) -> None:
-    dataset = MegatronOrderDataset(make_pair(numbered([2, 3])), sequence_length=8, samples=3, seed=1)
+    dataset = MegatronOrderDataset(stream(make_pair(numbered([2, 3]))), sequence_length=8, samples=3, seed=1)
     assert len(dataset) == 3
     assert {len(dataset.sample(index)) for index in range(3)} == {9}
     assert {token for index in range(3) for token in dataset.sample(index).tolist()} == set(range(5))
@@ -107,16 +112,16 @@ def test_megatrons_order_repeats_documents_to_fill_a_window(make_pair: MakePair)
 
 def test_a_pair_without_tokens_is_an_error(make_pair: MakePair) -> None:
     with pytest.raises(DataError, match="0 tokens"):
-        MegatronOrderDataset(make_pair([[], []]), sequence_length=4, samples=1, seed=1)
+        MegatronOrderDataset(stream(make_pair([[], []])), sequence_length=4, samples=1, seed=1)
 
 
 @pytest.mark.parametrize("order", ["megatron", "stable"])
 def test_a_stored_negative_token_is_damage_and_not_padding(make_pair: MakePair, order: str) -> None:
     prefix = make_pair([[1, 2, 3, 4, -1]], dtype="<i4")
     dataset = (
-        MegatronOrderDataset(prefix, sequence_length=4, samples=1, seed=1)
+        MegatronOrderDataset(stream(prefix), sequence_length=4, samples=1, seed=1)
         if order == "megatron"
-        else StableOrderDataset(prefix, sequence_length=4, seed=1)
+        else StableOrderDataset(stream(prefix), sequence_length=4, seed=1)
     )
     with pytest.raises(DataError, match=r"corpus_text_document.bin .* holds the token -1"):
         dataset.sample(0)
@@ -142,18 +147,18 @@ def test_boundaries_are_where_documents_begin(
         for document in documents:
             writer.add_sequence(document)
             writer.end_document()
-    megatron = MegatronOrderDataset(prefix, sequence_length=sequence_length, samples=30, seed=3)
+    megatron = MegatronOrderDataset(stream(prefix), sequence_length=sequence_length, samples=30, seed=3)
     # Numbered by their place in the order: of two copies of a document, one after the other, the second is another.
     order = megatron.order.document_index.tolist()
-    stream = [(entry, token) for entry, number in enumerate(order) for token in documents[number]]
+    pairs = [(entry, token) for entry, number in enumerate(order) for token in documents[number]]
     for index in range(len(megatron)):
         start = int(megatron.order.shuffle_index[index]) * sequence_length
-        assert megatron.boundaries(index).tolist() == begins_of(stream, start, sequence_length + 1)
-    stable = StableOrderDataset(prefix, sequence_length=sequence_length, seed=1)
-    stream = [(number, token) for number, document in enumerate(documents) for token in document]
+        assert megatron.boundaries(index).tolist() == begins_of(pairs, start, sequence_length + 1)
+    stable = StableOrderDataset(stream(prefix), sequence_length=sequence_length, seed=1)
+    pairs = [(number, token) for number, document in enumerate(documents) for token in document]
     for index in range(2 * stable.windows_per_epoch):
         start = stable.window(index) * sequence_length
-        assert stable.boundaries(index).tolist() == begins_of(stream, start, sequence_length + 1)
+        assert stable.boundaries(index).tolist() == begins_of(pairs, start, sequence_length + 1)
 
 
 def test_a_document_of_several_sequences_is_one_in_file_order(tmp_path: Path) -> None:
@@ -164,8 +169,8 @@ def test_a_document_of_several_sequences_is_one_in_file_order(tmp_path: Path) ->
             for sequence in document:
                 writer.add_sequence(sequence)
             writer.end_document()
-    assert StableOrderDataset(prefix, sequence_length=9, seed=0).boundaries(0).tolist() == [5]
-    megatron = MegatronOrderDataset(prefix, sequence_length=9, samples=1, seed=0)
+    assert StableOrderDataset(stream(prefix), sequence_length=9, seed=0).boundaries(0).tolist() == [5]
+    megatron = MegatronOrderDataset(stream(prefix), sequence_length=9, samples=1, seed=0)
     assert len(megatron.boundaries(0)) == 3
 
 
@@ -175,9 +180,9 @@ def test_boundaries_of_the_real_pair_are_behind_its_end_tokens(shared: Path, ord
     prefix, end = str(shared / "data/megatron/meg-gpt2-openwebtext_text_document"), 4999
     dataset: MegatronOrderDataset | StableOrderDataset
     if order == "megatron":
-        dataset = MegatronOrderDataset(prefix, sequence_length=1024, samples=1000, seed=1234)
+        dataset = MegatronOrderDataset(stream(prefix), sequence_length=1024, samples=1000, seed=1234)
     else:
-        dataset = StableOrderDataset(prefix, sequence_length=1024, seed=1234)
+        dataset = StableOrderDataset(stream(prefix), sequence_length=1024, seed=1234)
     found = 0
     for index in range(300):
         sample, boundaries = dataset.sample(index), dataset.boundaries(index)

@@ -1,4 +1,4 @@
-"""The stream in file order, and fixed sets made of its beginning."""
+"""The stream in file order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from megatron.data.windows import FixedSet, StreamWindows
+from megatron.data.indexed import IndexedReader
+from megatron.data.stream import Stream
+from megatron.data.windows import StreamWindows
 from megatron.utils.errors import DataError
 
 from .conftest import MakePair
@@ -37,18 +39,21 @@ def test_nothing_to_predict_is_an_error(make_pair: MakePair, documents: list[lis
         StreamWindows(make_pair(documents), 4)
 
 
-def test_a_fixed_set_takes_the_beginning_of_each_and_no_more_than_there_is(make_pair: MakePair) -> None:
-    long = StreamWindows(make_pair([list(range(100))], name="long"), 4)
-    short = StreamWindows(make_pair([list(range(200, 207))], name="short"), 4)
-    fixed = FixedSet([(long, 3), (short, 5), (long, 1)])
-    assert len(fixed) == 6
-    assert [int(fixed.sample(i)[0]) for i in range(6)] == [0, 4, 8, 200, 204, 0]
-    assert "short" in fixed.source(3) and "long" in fixed.source(5)
+def test_no_more_windows_than_asked_for_and_no_more_than_there_are(make_pair: MakePair) -> None:
+    prefix = make_pair([list(range(30))])
+    assert [len(StreamWindows(prefix, 4, most)) for most in (3, 8, 100)] == [3, 8, 8]
+    assert StreamWindows(prefix, 4, 3).sample(2).tolist() == [8, 9, 10, 11, 12]
 
 
-def test_windows_and_fixed_sets_know_where_documents_begin(make_pair: MakePair) -> None:
+def test_windows_of_some_of_the_sequences(make_pair: MakePair) -> None:
+    prefix = make_pair([[0, 1, 2], [], [3, 4], [5, 6, 7, 8], [9]])
+    windows = StreamWindows(Stream(IndexedReader(prefix), 1, 4), 4)
+    assert [windows.sample(i).tolist() for i in range(len(windows))] == [[3, 4, 5, 6, 7], [7, 8, -1, -1, -1]]
+    assert [windows.boundaries(i).tolist() for i in range(2)] == [[2], []]
+    assert "token 7 onwards" in windows.source(1)
+
+
+def test_windows_know_where_documents_begin(make_pair: MakePair) -> None:
     windows = StreamWindows(make_pair([[0, 1, 2], [], [3], [4, 5, 6, 7], [8, 9]]), 4)
     assert [windows.sample(i).tolist() for i in range(3)] == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, -1, -1, -1]]
     assert [windows.boundaries(i).tolist() for i in range(3)] == [[3, 4], [4], []]
-    fixed = FixedSet([(windows, 1), (windows, 2)])
-    assert [fixed.boundaries(i).tolist() for i in range(3)] == [[3, 4], [3, 4], [4]]

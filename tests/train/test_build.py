@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron.checkpoint.convert import Format, convert
+from megatron.config.batches import Ramp
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
 from megatron.config.log import LogConfig
@@ -127,6 +128,7 @@ def test_one_process_and_nothing_stated() -> None:
         sequence_parallel=False,
         zero=0,
         shard=1,
+        ramp=Ramp(((0, 24),)),
         samples=7 * 24,
         decay_steps=7,
         micro_batches=12,
@@ -147,6 +149,7 @@ def test_what_is_stated_is_taken() -> None:
         sequence_parallel=False,
         zero=0,
         shard=1,
+        ramp=Ramp(((0, 24),)),
         samples=1000,
         decay_steps=5,
         micro_batches=6,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.config.batches import Ramp
 from megatron.data.loader import MicroBatch
 from megatron.parallel.world import World
 from megatron.train.hooks import CollectGarbage, Report, Save
@@ -41,7 +42,7 @@ class Diary:
             self.wish,
             lambda: self.lines.append(f"save {self.progress.step}"),
             steps=steps,
-            global_batch=4,
+            ramp=Ramp.of(4, 12),
             how_to_continue="ask again",
         )
 

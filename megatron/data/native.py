@@ -1,0 +1,172 @@
+"""The compiled helpers of csrc/data: what runs once per sample or per token, and the same in numpy where it must.
+
+Each function here says what it computes; which of the two computes it changes the speed and nothing else. While
+compiled code runs, other threads of Python do too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+_DTYPE_CODES = {np.dtype(name): code for code, name in {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}.items()}
+_SIGNATURES = {"greedy_choices": "ppnnnp", "permute": "pnnnpnp", "gather": "cppppnp", "sample_index": "ppnnnp"}
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "c": ctypes.c_int}
+
+
+def load() -> ctypes.CDLL | None:
+    """The compiled helpers; None where they were not built or do not load."""
+    if sys.byteorder != "little":
+        return None  # tokens are stored in little-endian order
+    paths = [Path(__file__).with_name(f"_order{suffix}") for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, letters in _SIGNATURES.items():
+            function = getattr(library, f"megatron_{name}")
+            function.argtypes = [_TYPES[letter] for letter in letters]
+            function.restype = ctypes.c_int
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+_library = load()
+
+
+def greedy_choices(weights: Sequence[float], counts: list[int], start: int, stop: int) -> NDArray[np.int16]:
+    """The member of a blend at each position `start … stop`: the one with the largest w·max(i, 1) − count, the first of
+    equals. `counts`, what each has given before, is brought up to date. In double arithmetic, as Megatron computes it,
+    so that ties and near-ties fall alike."""
+    if _library is None:
+        return greedy_choices_in_python(weights, counts, start, stop)
+    shares, given = np.asarray(weights, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    choices = np.empty(stop - start, dtype=np.int16)
+    _library.megatron_greedy_choices(_address(shares), _address(given), len(given), start, stop, _address(choices))
+    counts[:] = given.astype(np.int64).tolist()
+    return choices
+
+
+def greedy_choices_in_python(weights: Sequence[float], counts: list[int], start: int, stop: int) -> NDArray[np.int16]:
+    """`greedy_choices` without compiled code: about a microsecond for each position and member."""
+    choices = np.empty(stop - start, dtype=np.int16)
+    given = [float(count) for count in counts]
+    for at, position in enumerate(range(start, stop)):
+        scale = float(max(position, 1))
+        best, lag = 0, weights[0] * scale - given[0]
+        for member in range(1, len(given)):
+            other = weights[member] * scale - given[member]
+            if other > lag:
+                best, lag = member, other
+        choices[at] = best
+        given[best] += 1.0
+    counts[:] = [int(count) for count in given]
+    return choices
+
+
+def permute(keys: NDArray[np.uint64], half_bits: int, size: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the keyed permutation of 0 … size − 1 sends each index: see `megatron.data.order.KeyedPermutation`."""
+    if _library is None:
+        return permute_in_numpy(keys, half_bits, size, indices)
+    indices = np.ascontiguousarray(indices, dtype=np.int64)
+    permuted = np.empty_like(indices)
+    _library.megatron_permute(
+        _address(keys), len(keys), half_bits, size, _address(indices), len(indices), _address(permuted)
+    )
+    return permuted
+
+
+def permute_in_numpy(
+    keys: NDArray[np.uint64], half_bits: int, size: int, indices: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """`permute` without compiled code."""
+    half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    values = indices.astype(np.uint64)
+    walking = np.arange(len(values))
+    while len(walking):
+        left, right = values[walking] >> half, values[walking] & mask
+        for key in keys:
+            mixed = right * np.uint64(0x9E3779B97F4A7C15) + key
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+        values[walking] = (left << half) | right
+        walking = walking[values[walking] >= np.uint64(size)]
+    return values.astype(np.int64)
+
+
+def gather(
+    tokens: NDArray[np.integer],
+    starts: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    rows: NDArray[np.int64],
+) -> None:
+    """Copy pieces of a token stream into rows: `lengths[k]` tokens from `starts[k]` on to place `targets[k]` of the
+    flattened `rows`, which are contiguous. Pieces must lie within both."""
+    assert rows.flags.c_contiguous and rows.dtype == np.int64
+    if len(starts) == 0:
+        return
+    assert starts.min() >= 0 and int((starts + lengths).max()) <= len(tokens)
+    assert targets.min() >= 0 and int((targets + lengths).max()) <= rows.size
+    if _library is None or not tokens.flags.c_contiguous:
+        gather_in_numpy(tokens, starts, targets, lengths, rows)
+        return
+    arrays = [np.ascontiguousarray(array, dtype=np.int64) for array in (starts, targets, lengths)]
+    status = _library.megatron_gather(
+        _DTYPE_CODES[tokens.dtype], _address(tokens), *map(_address, arrays), len(starts), _address(rows)
+    )
+    assert status == 0, tokens.dtype
+
+
+def gather_in_numpy(
+    tokens: NDArray[np.integer],
+    starts: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    rows: NDArray[np.int64],
+) -> None:
+    """`gather` without compiled code."""
+    flat = rows.reshape(-1)
+    for start, target, length in zip(starts.tolist(), targets.tolist(), lengths.tolist(), strict=True):
+        flat[target : target + length] = tokens[start : start + length]
+
+
+def sample_index(
+    sizes: NDArray[np.int32], documents: NDArray[np.int32], sequence_length: int, total: int
+) -> NDArray[np.int64]:
+    """(entry of `documents`, offset) of token j x sequence_length of the joined documents, for j = 0 … total: i64
+    [total + 1, 2]. Of entries that start at the same token it is the one that is not empty; token 0 is in the first."""
+    if _library is None:
+        return sample_index_in_numpy(sizes, documents, sequence_length, total)
+    sizes, documents = np.ascontiguousarray(sizes), np.ascontiguousarray(documents)
+    index = np.empty((total + 1, 2), dtype=np.int64)
+    _library.megatron_sample_index(
+        _address(sizes), _address(documents), len(documents), sequence_length, total, _address(index)
+    )
+    return index
+
+
+def sample_index_in_numpy(
+    sizes: NDArray[np.int32], documents: NDArray[np.int32], sequence_length: int, total: int
+) -> NDArray[np.int64]:
+    """`sample_index` without compiled code."""
+    starts = np.zeros(len(documents) + 1, dtype=np.int64)
+    np.cumsum(sizes[documents], dtype=np.int64, out=starts[1:])
+    positions = np.arange(total + 1, dtype=np.int64) * sequence_length
+    entries = np.searchsorted(starts, positions, side="right") - 1
+    offsets = positions - starts[entries]
+    entries[0] = 0  # Megatron starts at the first entry even if that document is empty
+    return np.stack((entries, offsets), axis=1)
+
+
+def _address(array: NDArray[np.generic]) -> int:
+    return array.ctypes.data

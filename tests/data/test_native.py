@@ -1,0 +1,106 @@
+"""The compiled helpers of the data path against the same in numpy or Python."""
+
+from __future__ import annotations
+
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.data import native
+from megatron.data.order import KeyedPermutation
+
+WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6)
+
+
+def test_what_was_built_loads() -> None:
+    if not any(Path(native.__file__).with_name(f"_order{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+        pytest.skip("the helpers were not built when this was installed")
+    assert native.load() is not None
+
+
+@given(weights=WEIGHTS, start=st.integers(0, 10**9), length=st.integers(0, 200))
+@settings(max_examples=100)
+def test_greedy_choices(weights: list[float], start: int, length: int) -> None:
+    shares = [weight / sum(weights) for weight in weights]
+    counts = [round(share * start) for share in shares]
+    again = list(counts)
+    choices = native.greedy_choices(shares, counts, start, start + length)
+    assert choices.tolist() == native.greedy_choices_in_python(shares, again, start, start + length).tolist()
+    assert counts == again
+
+
+def test_ties_go_to_the_first_member_as_they_do_in_megatron() -> None:
+    counts = [0, 0, 0]
+    assert native.greedy_choices([1 / 3] * 3, counts, 0, 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+@given(size=st.integers(1, 10**13), seed=st.integers(0, 2**32), data=st.data())
+@settings(max_examples=100)
+def test_permute(size: int, seed: int, data: st.DataObject) -> None:
+    permutation = KeyedPermutation(size, seed=seed, epoch=3)
+    indices = data.draw(st.lists(st.integers(0, size - 1), max_size=30))
+    expected = [permutation(index) for index in indices]
+    asked = np.array(indices, dtype=np.int64)
+    assert permutation.of(asked).tolist() == expected
+    keys, bits = permutation._key_words, permutation._half_bits
+    assert native.permute_in_numpy(keys, bits, size, asked).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", ["<u1", "<i1", "<i2", "<i4", "<i8", "<u2"])
+def test_gather(dtype: str) -> None:
+    generator = np.random.default_rng(0)
+    limits = np.iinfo(dtype)
+    tokens = generator.integers(limits.min, limits.max, 500, dtype=np.dtype(dtype), endpoint=True)
+    lengths = generator.integers(0, 20, 60)
+    starts = generator.integers(0, 480, 60)
+    targets = np.cumsum(lengths) - lengths
+    found, expected = np.zeros((7, 100), dtype=np.int64), np.zeros((7, 100), dtype=np.int64)
+    native.gather(tokens, starts, targets, lengths, found)
+    native.gather_in_numpy(tokens, starts, targets, lengths, expected)
+    assert found.tolist() == expected.tolist()
+    assert found.reshape(-1)[: lengths[0]].tolist() == tokens[starts[0] : starts[0] + lengths[0]].tolist()
+
+
+@pytest.mark.parametrize(("start", "target", "length"), [(-1, 0, 1), (0, -1, 1), (95, 0, 6), (0, 20, 5)])
+def test_pieces_outside_are_a_bug_and_touch_no_memory(start: int, target: int, length: int) -> None:
+    pieces = [np.array([value]) for value in (start, target, length)]
+    with pytest.raises(AssertionError):
+        native.gather(np.zeros(100, dtype=np.uint16), *pieces, np.zeros((4, 6), dtype=np.int64))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(sum),
+    sequence_length=st.integers(1, 9),
+    copies=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100)
+def test_sample_index(sizes: list[int], sequence_length: int, copies: int, seed: int) -> None:
+    documents = np.random.RandomState(seed).permutation(np.tile(np.arange(len(sizes), dtype=np.int32), copies))
+    total = (copies * sum(sizes) - 1) // sequence_length
+    arguments = np.array(sizes, dtype=np.int32), documents, sequence_length, total
+    assert native.sample_index(*arguments).tolist() == native.sample_index_in_numpy(*arguments).tolist()
+
+
+def test_without_compiled_code_everything_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def results() -> list[list[int]]:
+        counts = [0, 0]
+        rows = np.zeros((2, 4), dtype=np.int64)
+        tokens = np.arange(9, dtype=np.uint16)
+        native.gather(tokens, np.array([2, 0]), np.array([0, 4]), np.array([4, 3]), rows)
+        sizes = np.array([2, 0, 5], dtype=np.int32)
+        return [
+            native.greedy_choices([0.7, 0.3], counts, 0, 9).tolist(),
+            counts,
+            KeyedPermutation(100, seed=1, epoch=0).of(np.arange(9)).tolist(),
+            rows.tolist(),
+            native.sample_index(sizes, np.array([2, 1, 0], dtype=np.int32), 3, 2).tolist(),
+        ]
+
+    compiled = results()
+    monkeypatch.setattr(native, "_library", None)
+    assert results() == compiled

@@ -9,12 +9,15 @@ the texts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
+Line = bytes | bytearray
 
 MAX_LINE_BYTES = 1 << 30
 _KEPT_RAW_BYTES = 4096
@@ -76,26 +79,32 @@ class ParsedChunk:
 
 def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> ParsedChunk:
     """The texts under `keys` of every good line, and the bad lines with their reasons."""
-    if chunk.overlong_bytes:
-        reason = f"longer than the {MAX_LINE_BYTES >> 20:,} MiB that a line may have"
-        bad = [BadLine(0, reason, bytes(chunk.content[:_KEPT_RAW_BYTES]), chunk.overlong_bytes)]
-        return ParsedChunk(tuple([] for _ in keys), [], 1, bad)
     if chunk.columnar:
         return _parse_columns(chunk, keys)
-    rows, places, bad, num_lines = [], [], [], 0
+    rows, places, num_lines, bad = take_lines(chunk, lambda line: _texts(line, keys))
+    columns = tuple([row[at] for row in rows] for at in range(len(keys)))
+    return ParsedChunk(columns, places, num_lines, bad)
+
+
+def take_lines(chunk: Chunk, take: Callable[[Line], T]) -> tuple[list[T], list[int], int, list[BadLine]]:
+    """What `take` makes of each line of a chunk that is not columnar; the places of these; the number of all lines; and
+    the bad ones, for which it raises RefusedLine."""
+    if chunk.overlong_bytes:
+        reason = f"longer than the {MAX_LINE_BYTES >> 20:,} MiB that a line may have"
+        return [], [], 1, [BadLine(0, reason, bytes(chunk.content[:_KEPT_RAW_BYTES]), chunk.overlong_bytes)]
+    taken, places, bad, num_lines = list[T](), list[int](), list[BadLine](), 0
     for line in _lines(chunk.content):
         place, num_lines = num_lines, num_lines + 1
         if not line or line.isspace():
             continue
         try:
-            rows.append(_texts(line, keys))
+            taken.append(take(line))
             places.append(place)
-        except _BadLine as error:
+        except RefusedLine as error:
             raw = bytes(line[:_KEPT_RAW_BYTES]).rstrip(b"\n")
             num_bytes = len(line) - line.endswith(b"\n")
             bad.append(BadLine(place, str(error)[:_KEPT_REASON_CHARACTERS], raw, num_bytes))
-    columns = tuple([row[at] for row in rows] for at in range(len(keys)))
-    return ParsedChunk(columns, places, num_lines, bad)
+    return taken, places, num_lines, bad
 
 
 def columns_to_content(columns: Sequence[Sequence[bytes | None]]) -> bytes:
@@ -121,7 +130,7 @@ def _parse_columns(chunk: Chunk, keys: Sequence[str]) -> ParsedChunk:
         at = [begin + max(0, size) for begin, size in zip(at, row_lengths, strict=True)]
         try:
             values = [_text_of_column(value, key) for value, key in zip(raw, keys, strict=True)]
-        except _BadLine as error:
+        except RefusedLine as error:
             joined = b"\n".join(bytes(value[:_KEPT_RAW_BYTES]) for value in raw if value is not None)
             bad.append(BadLine(row, str(error), joined[:_KEPT_RAW_BYTES], sum(max(0, size) for size in row_lengths)))
             continue
@@ -133,7 +142,7 @@ def _parse_columns(chunk: Chunk, keys: Sequence[str]) -> ParsedChunk:
 
 def _text_of_column(raw: memoryview | None, key: str) -> str:
     if raw is None:
-        raise _BadLine(f"the value of {key!r} is not text but null")
+        raise RefusedLine(f"the value of {key!r} is not text but null")
     try:
         return str(raw, "utf-8")
     except UnicodeDecodeError as error:
@@ -153,7 +162,7 @@ def _lines(content: bytes | bytearray) -> Iterable[bytes | bytearray]:
     return lines
 
 
-class _BadLine(Exception):
+class RefusedLine(Exception):
     """The reason why a line is refused."""
 
 
@@ -171,39 +180,47 @@ def _texts(line: bytes | bytearray, keys: Sequence[str]) -> tuple[str, ...]:
 
 def _texts_slowly(line: bytes | bytearray, keys: Sequence[str]) -> tuple[str, ...]:
     """The reference, which also says what is wrong."""
+    content = parse_object(line)
+    return tuple(text_under(content, key) for key in keys)
+
+
+def parse_object(line: Line) -> dict[str, Any]:
+    """The JSON object in a line. Raises RefusedLine for anything else."""
     try:
         # As floats, since a whole number of thousands of digits would be refused.
         content = json.loads(line.decode("utf-8").removesuffix("\n"), parse_int=float)
     except UnicodeDecodeError as error:
         raise _not_utf8(error) from error
     except ValueError as error:
-        raise _BadLine(f"not JSON ({error})") from error
+        raise RefusedLine(f"not JSON ({error})") from error
     except RecursionError as error:
-        raise _BadLine("not JSON that can be read (nested too deeply)") from error
+        raise RefusedLine("not JSON that can be read (nested too deeply)") from error
     if not isinstance(content, dict):
-        raise _BadLine(f"not a JSON object but {_kind(content)}")
-    return tuple(_text(content, key) for key in keys)
+        raise RefusedLine(f"not a JSON object but {kind_of(content)}")
+    return content
 
 
-def _not_utf8(error: UnicodeDecodeError) -> _BadLine:
-    return _BadLine(f"not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start})")
+def _not_utf8(error: UnicodeDecodeError) -> RefusedLine:
+    return RefusedLine(f"not UTF-8 (byte {error.object[error.start]:#04x} at position {error.start})")
 
 
-def _text(content: dict[str, object], key: str) -> str:
+def text_under(content: Mapping[str, Any], key: str) -> str:
+    """The text under a key of a JSON object. Raises RefusedLine where there is none."""
     if key not in content:
-        raise _BadLine(f"no key {key!r} (it has {', '.join(map(repr, list(content)[:8])) or 'none'})")
+        raise RefusedLine(f"no key {key!r} (it has {', '.join(map(repr, list(content)[:8])) or 'none'})")
     text = content[key]
     if not isinstance(text, str):
-        raise _BadLine(f"the value of {key!r} is not text but {_kind(text)}")
+        raise RefusedLine(f"the value of {key!r} is not text but {kind_of(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadLine(
+        raise RefusedLine(
             f"the value of {key!r} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is not text"
         ) from error
     return text
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return "null" if value is None else names[type(value)]

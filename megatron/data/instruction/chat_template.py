@@ -20,8 +20,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron.data.instruction.conversation import ROLES, BadConversation, Message
+from megatron.data.instruction.conversation import ROLES, Message
 from megatron.data.instruction.pair import Role
+from megatron.data.jsonl import RefusedLine
 from megatron.tokenizer import Tokenizer
 from megatron.utils.errors import ConfigError, DataError
 
@@ -69,7 +70,7 @@ class ChatTemplate:
             raise ConfigError(f"the chat template of {origin} cannot be read: {error} (line {error.lineno})") from error
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """The tokens of a conversation and the role of each. Raises BadConversation for one that cannot be divided."""
+        """The tokens of a conversation and the role of each. Raises RefusedLine for one that cannot be divided."""
         text, parts = self.parts(messages)
         tokens = tokenizer.encode(text, "ids")
         firsts = [_tokens_before(tokenizer, text[:begin], tokens) for begin, _ in parts]
@@ -108,7 +109,7 @@ class ChatTemplate:
         """Where an answer that begins at `begin`, the last of these messages, ends."""
         rendered = self._render(messages)
         if not text.startswith(rendered) or len(rendered) < begin:
-            raise BadConversation(
+            raise RefusedLine(
                 f"the chat template of {self._origin} writes the first {len(messages)} messages otherwise when more "
                 "follow, so the answer's part of the whole is not known; mark answers in the template by "
                 "{% generation %} ... {% endgeneration %}, or use conversations of one answer"
@@ -124,7 +125,7 @@ class ChatTemplate:
         """The text of some first messages; None where the template refuses them."""
         try:
             return self._render(messages, add_generation_prompt)
-        except BadConversation:
+        except RefusedLine:
             return None
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -137,7 +138,7 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise BadConversation(f"the chat template of {self._origin} refuses it: {error}") from error
+            raise RefusedLine(f"the chat template of {self._origin} refuses it: {error}") from error
 
 
 def find_chat_template(tokenizer: Path) -> ChatTemplate:
@@ -201,7 +202,7 @@ def _marked_parts(marked: str) -> list[Part]:
         else:
             place += len(piece)
     if not any(role is Role.ASSISTANT for _, role in parts):
-        raise BadConversation("the chat template marks no answer in it by {% generation %}")
+        raise RefusedLine("the chat template marks no answer in it by {% generation %}")
     return parts
 
 
@@ -217,7 +218,7 @@ def _tokens_before(tokenizer: Tokenizer, beginning: str, tokens: Sequence[int]) 
 def _check_noncharacters(messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages, start=1):
         if _BEGIN in message["content"] or _END in message["content"]:
-            raise BadConversation(f"the content of message {number} holds U+FDD0 or U+FDD1, which are no characters")
+            raise RefusedLine(f"the content of message {number} holds U+FDD0 or U+FDD1, which are no characters")
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

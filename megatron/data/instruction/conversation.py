@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.data.instruction.pair import Role
+from megatron.data.jsonl import RefusedLine, kind_of, text_under
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = {
@@ -22,10 +23,6 @@ ROLES = {
 }
 
 Message = Mapping[str, Any]  # `role`, `content`, and what else a chat template may read
-
-
-class BadConversation(Exception):
-    """Why a conversation cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,14 @@ class Keys:
 def read_conversation(line: Mapping[str, Any], keys: Keys) -> list[Message]:
     """The messages of a line, checked: known roles, texts, at least one answer and none empty.
 
-    Raises BadConversation.
+    Raises RefusedLine.
     """
     messages = _question_and_answer(line, keys) if keys.messages is None else _messages(line, keys.messages)
     answers = [message["content"] for message in messages if message["role"] == ASSISTANT]
     if not answers:
-        raise BadConversation("it has no message of the role 'assistant', so there is nothing to learn")
+        raise RefusedLine("it has no message of the role 'assistant', so there is nothing to learn")
     if not all(answer.strip() for answer in answers):
-        raise BadConversation("an answer is empty: the model would learn to say nothing")
+        raise RefusedLine("an answer is empty: the model would learn to say nothing")
     return messages
 
 
@@ -66,47 +63,27 @@ def _question_and_answer(line: Mapping[str, Any], keys: Keys) -> list[Message]:
     for role, key in named:
         if key is None or (role == SYSTEM and key in line and line[key] is None):
             continue
-        if key not in line:
-            raise BadConversation(f"no key {key!r} (it has {', '.join(map(repr, list(line)[:8])) or 'none'})")
-        messages.append({"role": role, "content": _text(line[key], f"the value of {key!r}")})
+        messages.append({"role": role, "content": text_under(line, key)})
     return messages
 
 
 def _messages(line: Mapping[str, Any], key: str) -> list[Message]:
     if key not in line:
-        raise BadConversation(f"no key {key!r} (it has {', '.join(map(repr, list(line)[:8])) or 'none'})")
+        raise RefusedLine(f"no key {key!r} (it has {', '.join(map(repr, list(line)[:8])) or 'none'})")
     messages = line[key]
     if not isinstance(messages, list) or not messages:
-        raise BadConversation(f"the value of {key!r} is not a list of messages but {kind(messages)}")
+        what = "an empty list" if messages == [] else kind_of(messages)
+        raise RefusedLine(f"the value of {key!r} is not a list of messages but {what}")
     return [_message(message, number) for number, message in enumerate(messages, start=1)]
 
 
 def _message(message: Any, number: int) -> Message:
     if not isinstance(message, dict):
-        raise BadConversation(f"message {number} is not an object but {kind(message)}")
-    for key in ("role", "content"):
-        if key not in message:
-            raise BadConversation(f"message {number} has no {key!r} (it has {', '.join(map(repr, message)) or 'none'})")
-    role = message["role"]
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadConversation(f"message {number} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
-    _text(message["content"], f"the content of message {number}")
-    return message
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise BadConversation(f"{what} is not text but {kind(value)}")
+        raise RefusedLine(f"message {number} is not an object but {kind_of(message)}")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadConversation(
-            f"{what} holds half of a surrogate pair (\\u{ord(value[error.start]):04x}), which is not text"
-        ) from error
-    return value
-
-
-def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "null" if value is None else "an empty list" if value == [] else names[type(value)]
+        role, _ = text_under(message, "role"), text_under(message, "content")
+    except RefusedLine as error:
+        raise RefusedLine(f"message {number}: {error}") from error
+    if role not in ROLES:
+        raise RefusedLine(f"message {number} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
+    return message

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.instruction.chat_template import find_chat_template, read_chat_template
-from megatron.data.instruction.conversation import BadConversation, Keys, Message, read_conversation
+from megatron.data.instruction.conversation import Keys, Message, read_conversation
 from megatron.data.instruction.pair import Role
 from megatron.data.instruction.template import MegatronTemplate, Template
+from megatron.data.jsonl import RefusedLine
 from megatron.tokenizer import SpecialTokens, Tokenizer
 
 MEGATRON_LLM = "megatron-llm"
@@ -38,20 +39,20 @@ def open_template(tokenizer: Tokenizer, template: str | None) -> Template:
 def encode_conversation(
     tokenizer: Tokenizer, template: Template, chat: ChatEncoding, line: Mapping[str, Any]
 ) -> tuple[list[int], list[int]]:
-    """The tokens of the conversation in a line and the role of each. Raises BadConversation."""
+    """The tokens of the conversation in a line and the role of each. Raises RefusedLine."""
     messages = read_conversation(line, chat.keys)
     if chat.special_tokens == "text":
         _check_no_special_tokens(tokenizer, messages)
     tokens, roles = template.encode(tokenizer, messages)
     if int(Role.ASSISTANT) not in roles[1:]:
-        raise BadConversation("the template leaves nothing of its answers")
+        raise RefusedLine("the template leaves nothing of its answers")
     return tokens, roles
 
 
 def _check_no_special_tokens(tokenizer: Tokenizer, messages: list[Message]) -> None:
     for number, message in enumerate(messages, start=1):
         if found := tokenizer.special_tokens_in(message["content"]):
-            raise BadConversation(
+            raise RefusedLine(
                 f"the content of message {number} has the special token {found[0]} written out, which would end or "
                 "begin something there; take it out, or let it be a token with --special-tokens ids"
             )

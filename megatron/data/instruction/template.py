@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron.data.instruction.conversation import ASSISTANT, ROLES, SYSTEM, USER, BadConversation, Message
+from megatron.data.instruction.conversation import ASSISTANT, ROLES, SYSTEM, USER, Message
+from megatron.data.jsonl import RefusedLine
 from megatron.tokenizer import Tokenizer
 from megatron.utils.errors import ConfigError
 
@@ -20,7 +21,7 @@ class Template(Protocol):
     """How conversations are written in tokens."""
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """The tokens of a conversation and the role of each. Raises BadConversation for one that does not fit."""
+        """The tokens of a conversation and the role of each. Raises RefusedLine for one that does not fit."""
         ...
 
 
@@ -46,7 +47,7 @@ class MegatronTemplate:
         roles: list[int] = []
         for message in messages:
             if message["role"] not in _WORDS:
-                raise BadConversation(
+                raise RefusedLine(
                     f"the role {message['role']!r} is none of Megatron-LLM's template, which has {', '.join(_WORDS)}"
                 )
             # Control tokens that are written out become ids, as they do there.

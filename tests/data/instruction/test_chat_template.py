@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron.data.instruction.chat_template import ChatTemplate, find_chat_template, read_chat_template
-from megatron.data.instruction.conversation import BadConversation
 from megatron.data.instruction.pair import Role
+from megatron.data.jsonl import RefusedLine
 from megatron.tokenizer import load_tokenizer
 from megatron.utils.errors import ConfigError, DataError
 
@@ -52,7 +52,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, source: str, messages:
     template, tokenizer = find_chat_template(folder), load_tokenizer(folder)
     text = theirs.apply_chat_template(messages, tokenize=False)
     if source == FORGETFUL and messages is LONG:
-        with pytest.raises(BadConversation, match=r"first 3 messages otherwise when more follow.*generation"):
+        with pytest.raises(RefusedLine, match=r"first 3 messages otherwise when more follow.*generation"):
             template.encode(tokenizer, messages)
         return
     tokens, roles = template.encode(tokenizer, messages)
@@ -117,7 +117,7 @@ def test_a_template_without_a_prompt_for_answers_gives_whole_messages() -> None:
 
 def test_what_a_template_refuses_is_said() -> None:
     template = ChatTemplate(FOLDED, {"bos_token": "<s>", "eos_token": "</s>"}, "here")
-    with pytest.raises(BadConversation, match="template of here refuses it: questions and answers must take turns"):
+    with pytest.raises(RefusedLine, match="template of here refuses it: questions and answers must take turns"):
         template.parts(talk((ASSISTANT, "hello"), (USER, "hello")))
     for source, why in (
         ("{{ messages[0].name + 'x' }}", "no attribute 'name'"),
@@ -126,11 +126,11 @@ def test_what_a_template_refuses_is_said() -> None:
         ("{{ messages.append(1) }}", "append"),
         ("{{ ''.__class__.__mro__ }}", "unsafe|__class__"),
     ):
-        with pytest.raises(BadConversation, match=f"refuses it: .*{why}"):
+        with pytest.raises(RefusedLine, match=f"refuses it: .*{why}"):
             ChatTemplate(source, {}, "here").parts(SHORT)
-    with pytest.raises(BadConversation, match="marks no answer"):
+    with pytest.raises(RefusedLine, match="marks no answer"):
         ChatTemplate("{% if false %}{% generation %}x{% endgeneration %}{% endif %}y", {}, "here").parts(SHORT)
-    with pytest.raises(BadConversation, match=r"message 2 holds U\+FDD0"):
+    with pytest.raises(RefusedLine, match=r"message 2 holds U\+FDD0"):
         ChatTemplate(HEADERS, {}, "here").parts(talk((USER, "a"), (ASSISTANT, "b\ufdd1")))
 
 

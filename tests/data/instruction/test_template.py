@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from megatron.data.instruction.conversation import BadConversation, Keys, read_conversation
+from megatron.data.instruction.conversation import Keys, read_conversation
 from megatron.data.instruction.encode import MEGATRON_LLM, ChatEncoding, encode_conversation, open_template
+from megatron.data.jsonl import RefusedLine
 from megatron.tokenizer import load_tokenizer
 from megatron.utils.errors import ConfigError
 
@@ -58,7 +59,7 @@ def test_special_tokens_within_a_text_are_refused_or_ids(tiny_tokenizer: Path) -
     template = open_template(tokenizer, MEGATRON_LLM)
     line = {"input": "end</s> of <|im_end|> it", "output": "<s>aspirin"}
     keys = Keys(None)
-    with pytest.raises(BadConversation, match=r"message 1 has the special token </s> .*--special-tokens ids"):
+    with pytest.raises(RefusedLine, match=r"message 1 has the special token </s> .*--special-tokens ids"):
         encode_conversation(tokenizer, template, ChatEncoding(keys, MEGATRON_LLM), line)
     allowed = ChatEncoding(keys, MEGATRON_LLM, special_tokens="ids")
     assert encode_conversation(tokenizer, template, allowed, line) == by_megatron_llm(tiny_tokenizer, line, keys)
@@ -101,17 +102,20 @@ def test_the_tags_must_be_tokens(tiny_tokenizer: Path) -> None:  # noqa: F811
         ({"messages": "hello"}, "not a list of messages but text"),
         ({"messages": []}, "not a list of messages but an empty list"),
         ({"messages": ["hello"]}, "message 1 is not an object but text"),
-        ({"messages": [{"role": "user"}]}, "message 1 has no 'content' (it has 'role')"),
+        ({"messages": [{"role": "user"}]}, "message 1: no key 'content' (it has 'role')"),
         ({"messages": [{"role": "human", "content": "a"}]}, "unknown role 'human'; roles are system, developer, user"),
-        ({"messages": [{"role": None, "content": "a"}]}, "unknown role None"),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, "content of message 1 is not text but a list"),
+        ({"messages": [{"role": None, "content": "a"}]}, "message 1: the value of 'role' is not text but null"),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            "the value of 'content' is not text but a list",
+        ),
         ({"messages": [{"role": "user", "content": "a\ud800"}]}, "half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn"),
         ({"messages": [{"role": "assistant", "content": " \n"}]}, "an answer is empty"),
     ],
 )
 def test_lines_that_are_no_conversation(line: dict[str, Any], why: str) -> None:
-    with pytest.raises(BadConversation, match=re.escape(why)):
+    with pytest.raises(RefusedLine, match=re.escape(why)):
         read_conversation(line, Keys())
 
 
@@ -126,6 +130,6 @@ def test_lines_that_are_no_conversation(line: dict[str, Any], why: str) -> None:
     ],
 )
 def test_lines_without_a_question_and_an_answer(line: dict[str, Any], why: str) -> None:
-    with pytest.raises(BadConversation, match=re.escape(why)):
+    with pytest.raises(RefusedLine, match=re.escape(why)):
         read_conversation(line, ORCA)
     assert ORCA.rule.endswith("'question', 'response', 'system_prompt'")

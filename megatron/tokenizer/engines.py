@@ -24,7 +24,7 @@ _LOGGER = get_logger(__name__)
 _CACHE_BYTES = 192 << 20
 _LOOK_CHARACTERS = 1 << 20
 
-Ids = Sequence[int] | NDArray[np.uint32]
+Ids = Sequence[int] | NDArray[np.integer]
 
 
 class Library(Protocol):
@@ -50,9 +50,20 @@ class Engine(Protocol):
 
     name: str
 
-    def encode(self, text: str) -> Ids:
-        """The ids of a text that is not empty, all of which is text."""
+    def encode_each(self, texts: Sequence[str]) -> Sequence[Ids]:
+        """The ids of texts, all of which are text; none for an empty one."""
         ...
+
+
+class LibraryEngine:
+    """A tokenizer's own library."""
+
+    def __init__(self, library: Library) -> None:
+        self.name = library.name
+        self._library = library
+
+    def encode_each(self, texts: Sequence[str]) -> Sequence[Ids]:
+        return [self._library.encode(text) if text else [] for text in texts]
 
 
 class Gigatoken:
@@ -77,18 +88,23 @@ class Gigatoken:
         self._engine: Any = None  # frees the former before the next takes memory
         self._engine = self._load(self._content)
         self._opened_bytes = _resident_bytes()
-        self._seen = 0
+        self._unseen_characters = _LOOK_CHARACTERS
 
-    def encode(self, text: str) -> Ids:
-        self._seen += len(text)
-        if self._seen > _LOOK_CHARACTERS:
-            self._seen = 0
+    def encode_each(self, texts: Sequence[str]) -> Sequence[Ids]:
+        self._forget_in_time(texts)
+        if self._tidies:
+            texts = [without_extra_spaces(text) for text in texts]
+        encode: Callable[[str], NDArray[np.uint32]] = self._engine.encode
+        if (pattern := self._library_only) is None:
+            return [encode(text) for text in texts]
+        return [self._library.encode(text) if pattern.search(text) else encode(text) for text in texts]
+
+    def _forget_in_time(self, texts: Sequence[str]) -> None:
+        self._unseen_characters -= sum(map(len, texts))
+        if self._unseen_characters < 0:
+            self._unseen_characters = _LOOK_CHARACTERS
             if _resident_bytes() - self._opened_bytes > self._cache_bytes:
                 self._open()
-        if self._library_only is not None and self._library_only.search(text):
-            return self._library.encode(text)
-        ids: NDArray[np.uint32] = self._engine.encode(without_extra_spaces(text) if self._tidies else text)
-        return ids
 
 
 def choose_engine(library: Library, open_fast: Callable[[Form, Library], Engine] = Gigatoken) -> Engine:
@@ -96,7 +112,8 @@ def choose_engine(library: Library, open_fast: Callable[[Form, Library], Engine]
     try:
         engine = open_fast(library.form(), library)
         strings = self_test_strings(library.pieces().values())
-        different = [text for text in strings if list(engine.encode(text)) != library.encode(text)]
+        found = engine.encode_each(strings)
+        different = [text for text, ids in zip(strings, found, strict=True) if list(ids) != library.encode(text)]
     except NoForm as reason:
         return _library(library, f"{reason}, which gigatoken does not reproduce")
     except ImportError:
@@ -115,7 +132,7 @@ def choose_engine(library: Library, open_fast: Callable[[Form, Library], Engine]
 
 def _library(library: Library, reason: str) -> Engine:
     _LOGGER.info("encoding by %s: %s", library.name, reason)
-    return library
+    return LibraryEngine(library)
 
 
 def _resident_bytes() -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron.tokenizer.cuts import PART_CHARACTERS, Cutter
-from megatron.tokenizer.engines import Engine, Library, choose_engine
+from megatron.tokenizer.engines import Engine, Ids, Library, choose_engine
 from megatron.tokenizer.forms import pattern_of
 from megatron.utils.errors import DataError
 
@@ -56,11 +56,11 @@ class _Literals:
     def __init__(self, ids: Mapping[str, int]) -> None:
         self._ids = dict(ids)
         self._pattern = pattern_of(ids)
-        self._first_characters = sorted({token[0] for token in ids})
+        self._rare_characters = sorted({min(token, key=_commonness) for token in ids})
 
     def occur_in(self, text: str) -> bool:
-        # Most texts lack the first characters, and to look for one character is many times as fast.
-        if self._pattern is None or not any(character in text for character in self._first_characters):
+        # Most texts lack the tokens' rarest characters, and to look for one character is many times as fast.
+        if self._pattern is None or not any(character in text for character in self._rare_characters):
             return False
         return self._pattern.search(text) is not None
 
@@ -142,36 +142,34 @@ class Tokenizer:
         `encode` gives, by the fastest engine. Raises DataError for half of a surrogate pair.
         """
         literals = self._literals[special_tokens]
-        runs: list[NDArray[np.integer]] = [np.empty(0, dtype)]
-        sizes = np.zeros(len(texts), np.int64)
-        for number, text in enumerate(texts):
-            if len(text) > PART_CHARACTERS or literals.occur_in(text):
-                parts = list(self._encode_parts(text, dtype, literals))
-                sizes[number] = sum(map(len, parts))
-                runs += parts
-            elif text:
-                runs.append(self._encode_run(text, dtype))
-                sizes[number] = len(runs[-1])
-        return np.concatenate(runs, dtype=dtype, casting="unsafe"), sizes
+        in_parts = [len(text) > PART_CHARACTERS or literals.occur_in(text) for text in texts]
+        try:
+            wholes = iter(
+                self._engine.encode_each([text for text, cut in zip(texts, in_parts, strict=True) if not cut])
+            )
+            runs = [
+                self._encode_parts(text, np.dtype(dtype), literals) if cut else next(wholes)
+                for text, cut in zip(texts, in_parts, strict=True)
+            ]
+        except Exception:  # each engine has an error of its own for what is no text
+            for text in texts:
+                _check_text(text)
+            raise
+        sizes = np.fromiter(map(len, runs), np.int64, len(runs))
+        return np.concatenate([np.empty(0, dtype), *runs], dtype=dtype, casting="unsafe"), sizes
 
-    def _encode_parts(self, text: str, dtype: DTypeLike, literals: _Literals) -> Iterator[NDArray[np.integer]]:
+    def _encode_parts(self, text: str, dtype: np.dtype, literals: _Literals) -> Ids:
         """The ids of a text with literal tokens, or so long that it is cut."""
+        runs = [np.empty(0, dtype)]
         for part in literals.split(text):
             if isinstance(part, int):
-                yield np.array([part], dtype)
-            elif len(part) > PART_CHARACTERS and self._cutter is not None:
-                for piece, left_out in self._cutter.parts(part):
-                    yield self._encode_run(piece, dtype)[left_out:].astype(dtype)
-            elif part:
-                yield self._encode_run(part, dtype)
-
-    def _encode_run(self, text: str, dtype: DTypeLike) -> NDArray[np.integer]:
-        try:
-            ids = self._engine.encode(text)
-        except Exception:  # each engine has an error of its own for what is no text
-            _check_text(text)
-            raise
-        return ids if isinstance(ids, np.ndarray) else np.array(ids, dtype)
+                runs.append(np.array([part], dtype))
+                continue
+            cut = self._cutter.parts(part) if len(part) > PART_CHARACTERS and self._cutter else [(part, 0)]
+            for piece, left_out in cut:
+                (ids,) = self._engine.encode_each([piece])
+                runs.append(np.asarray(ids[left_out:], dtype))
+        return np.concatenate(runs)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; added tokens appear as they are written, with no space around them."""
@@ -202,6 +200,11 @@ class Tokenizer:
         """
         content = json.dumps(sorted(self._pieces.items()), separators=(",", ":"))
         return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+
+def _commonness(character: str) -> tuple[bool, bool]:
+    """Orders characters by how often they stand in a text, roughly."""
+    return character.islower() or character.isspace(), character.isalnum()
 
 
 def _check_text(text: str) -> None:

@@ -52,29 +52,54 @@ EXPORT void megatron_permute(const uint64_t* keys, int64_t rounds, int64_t half_
 
 namespace {
 
+struct Pieces {
+  const int64_t *starts, *rows, *columns, *lengths;
+  int64_t count;
+};
+
 template <typename Token>
-void widen(const void* tokens, const int64_t* starts, const int64_t* targets, const int64_t* lengths, int64_t count,
-           int64_t* rows) {
-  for (int64_t piece = 0; piece < count; ++piece) {
-    const Token* from = static_cast<const Token*>(tokens) + starts[piece];
-    int64_t* to = rows + targets[piece];
-    for (int64_t i = 0, length = lengths[piece]; i < length; ++i) to[i] = static_cast<int64_t>(from[i]);
+void split(const void* stored, const Pieces& pieces, int64_t width, int64_t* tokens, int64_t* labels, int64_t* range) {
+  int64_t low = range[0], high = range[1];
+  for (int64_t piece = 0; piece < pieces.count; ++piece) {
+    const Token* from = static_cast<const Token*>(stored) + pieces.starts[piece];
+    const int64_t column = pieces.columns[piece], length = pieces.lengths[piece];
+    if (length <= 0) continue;
+    Token least = from[0], most = from[0];
+    for (int64_t i = 1; i < length; ++i) {
+      least = from[i] < least ? from[i] : least;
+      most = from[i] > most ? from[i] : most;
+    }
+    low = static_cast<int64_t>(least) < low ? static_cast<int64_t>(least) : low;
+    high = static_cast<int64_t>(most) > high ? static_cast<int64_t>(most) : high;
+    // The last token of a sample is a label alone, the first one no label.
+    int64_t* token = tokens + pieces.rows[piece] * width + column;
+    const int64_t inputs = column + length > width ? width - column : length;
+    for (int64_t i = 0; i < inputs; ++i) token[i] = static_cast<int64_t>(from[i]);
+    const int64_t skipped = column == 0 ? 1 : 0;
+    int64_t* label = labels + pieces.rows[piece] * width + column - 1;
+    for (int64_t i = skipped; i < length; ++i) label[i] = static_cast<int64_t>(from[i]);
   }
+  range[0] = low;
+  range[1] = high;
 }
 
 }  // namespace
 
-// Pieces of a token stream into i64 rows: piece k is tokens starts[k] … starts[k] + lengths[k] − 1 and goes to
-// rows[targets[k]] onwards. `dtype` is the code of the format (1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16). 0 if it is known.
-EXPORT int megatron_gather(int dtype, const void* tokens, const int64_t* starts, const int64_t* targets,
-                           const int64_t* lengths, int64_t count, int64_t* rows) {
+// Pieces of a token stream into rows of `width` inputs and as many labels, each the token behind its input: piece k is
+// the tokens from starts[k] on, lengths[k] of them, and begins at column columns[k] of row rows[k]; a row has width + 1
+// tokens. range[0] and range[1] become the lowest and highest token where they are not already. `dtype` is the code of
+// the format (1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16). 0 if it is known.
+EXPORT int megatron_split(int dtype, const void* stored, const int64_t* starts, const int64_t* rows,
+                          const int64_t* columns, const int64_t* lengths, int64_t count, int64_t width,
+                          int64_t* tokens, int64_t* labels, int64_t* range) {
+  const Pieces pieces{starts, rows, columns, lengths, count};
   switch (dtype) {
-    case 1: widen<uint8_t>(tokens, starts, targets, lengths, count, rows); return 0;
-    case 2: widen<int8_t>(tokens, starts, targets, lengths, count, rows); return 0;
-    case 3: widen<int16_t>(tokens, starts, targets, lengths, count, rows); return 0;
-    case 4: widen<int32_t>(tokens, starts, targets, lengths, count, rows); return 0;
-    case 5: widen<int64_t>(tokens, starts, targets, lengths, count, rows); return 0;
-    case 8: widen<uint16_t>(tokens, starts, targets, lengths, count, rows); return 0;
+    case 1: split<uint8_t>(stored, pieces, width, tokens, labels, range); return 0;
+    case 2: split<int8_t>(stored, pieces, width, tokens, labels, range); return 0;
+    case 3: split<int16_t>(stored, pieces, width, tokens, labels, range); return 0;
+    case 4: split<int32_t>(stored, pieces, width, tokens, labels, range); return 0;
+    case 5: split<int64_t>(stored, pieces, width, tokens, labels, range); return 0;
+    case 8: split<uint16_t>(stored, pieces, width, tokens, labels, range); return 0;
     default: return -1;
   }
 }

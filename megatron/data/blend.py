@@ -210,12 +210,21 @@ class Blend:
         """The sample at position `index`."""
         return sample_of(self, index)
 
-    def fill(self, indices: NDArray[np.int64], rows: NDArray[np.int64], at: NDArray[np.int64]) -> None:
+    def fill(
+        self,
+        indices: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        at: NDArray[np.int64],
+    ) -> tuple[int, int]:
         """The samples at these positions into the rows `at`."""
         members, samples = self.locate(indices)
+        low, high = 0, -1
         for member in np.unique(members).tolist():
             here = members == member
-            self.parts[member].fill(samples[here], rows, at[here])
+            lowest, highest = self.parts[member].fill(samples[here], tokens, labels, at[here])
+            low, high = min(low, lowest), max(high, highest)
+        return low, high
 
     def announce(self, indices: NDArray[np.int64]) -> None:
         """The samples at these positions will be read soon."""

@@ -39,8 +39,16 @@ class RowDataset(Dataset, Protocol):
     @property
     def sequence_length(self) -> int: ...
 
-    def fill(self, indices: NDArray[np.int64], rows: NDArray[np.int64], at: NDArray[np.int64]) -> None:
-        """Sample `indices[k]` into `rows[at[k]]`, rows being i64[n, sequence_length + 1] and contiguous."""
+    def fill(
+        self,
+        indices: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        at: NDArray[np.int64],
+    ) -> tuple[int, int]:
+        """Sample `indices[k]` into the rows `at[k]` of `tokens` and `labels`, both i64[n, sequence_length] and
+        contiguous: all but its last token, all but its first. The lowest (`PADDING` where one is short) and the highest
+        of its tokens."""
         ...
 
     def announce(self, indices: NDArray[np.int64]) -> None:
@@ -50,6 +58,6 @@ class RowDataset(Dataset, Protocol):
 
 def sample_of(dataset: RowDataset, index: int) -> NDArray[np.int64]:
     """One sample of a dataset that fills rows."""
-    row = np.empty((1, dataset.sequence_length + 1), dtype=np.int64)
-    dataset.fill(np.array([index]), row, np.zeros(1, dtype=np.int64))
-    return row[0]
+    tokens, labels = np.empty((2, 1, dataset.sequence_length), dtype=np.int64)
+    dataset.fill(np.array([index]), tokens, labels, np.zeros(1, dtype=np.int64))
+    return np.append(tokens[0], labels[0, -1])

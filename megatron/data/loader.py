@@ -8,10 +8,11 @@ integers: this module knows no process groups and no devices.
 from __future__ import annotations
 
 import queue
+import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from megatron.utils.errors import ConfigError, DataError
 
 _AHEAD = 2  # steps that are read ahead
 _POLL_S = 0.1
-_CHUNK_TOKENS = 1 << 16  # what is read at a time: it stays in the processor's cache until it is looked over and copied
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,23 @@ class MicroBatch:
     loss_weights: torch.Tensor | None = None
 
 
+@runtime_checkable
+class MicroBatchDataset(Protocol):
+    """A dataset that makes micro-batches itself, of lengths that may differ."""
+
+    def __len__(self) -> int:
+        """Rows; `ENDLESS` where there is no limit."""
+        ...
+
+    def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How long the micro-batches of the rows [n, b] are: [n]."""
+        ...
+
+    def micro_batch(self, indices: NDArray[np.int64]) -> MicroBatch:
+        """The rows [b], of which those past the end carry no loss."""
+        ...
+
+
 def indices_of_rank(position: int, global_batch: int, micro_batch: int, rank: int, size: int) -> NDArray[np.int64]:
     """Which samples data rank `rank` of `size` reads in the step that begins at `position`: [micro-batches, b].
 
@@ -48,6 +65,34 @@ def indices_of_rank(position: int, global_batch: int, micro_batch: int, rank: in
     """
     firsts = np.arange(position + rank * micro_batch, position + global_batch, micro_batch * size)
     return firsts[:, None] + np.arange(micro_batch)
+
+
+class BufferPool:
+    """Memory for what is handed out, used again once nobody holds it: fresh memory costs more than filling it.
+
+    Whoever holds a view of a buffer, or a tensor that shares its memory, refers to the buffer: so Python's own count
+    tells when it is free.
+    """
+
+    _MOST = 8
+
+    def __init__(self) -> None:
+        self._buffers: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+        self._free = self._references(0)
+        self._buffers.clear()
+
+    def take(self, shape: tuple[int, ...]) -> NDArray[np.int64]:
+        """An array that nobody else holds, of any content."""
+        for at in range(len(self._buffers)):
+            if self._buffers[at].shape == shape and self._references(at) == self._free:
+                return self._buffers[at][...]
+        if len(self._buffers) == self._MOST:
+            del self._buffers[0]  # of another size, or kept by somebody
+        self._buffers.append(np.empty(shape, dtype=np.int64))
+        return self._buffers[-1][...]
+
+    def _references(self, at: int) -> int:
+        return sys.getrefcount(self._buffers[at])
 
 
 class BatchLoader:
@@ -61,7 +106,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | MicroBatchDataset,
         *,
         global_batch: int | Ramp,
         micro_batch: int,
@@ -78,6 +123,8 @@ class BatchLoader:
         for _, batch in self._ramp.stages:
             _check_divides(batch, micro_batch, size)
         self._dataset = dataset
+        self._in_rows = dataset if isinstance(dataset, RowDataset) else None
+        self._in_batches = dataset if isinstance(dataset, MicroBatchDataset) else None
         self._micro_batch = micro_batch
         self._rank = rank
         self._size = size
@@ -86,9 +133,10 @@ class BatchLoader:
         self._document_mask = document_mask
         self._readahead = readahead
         self._announced = position  # the system has been told of the samples before it
-        self._buffer: NDArray[np.int64] | None = None
+        self._pool = BufferPool()
         self._position = position
-        self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=_AHEAD)
+        self._ready: queue.Queue[tuple[list[MicroBatch], int] | BaseException] = queue.Queue(maxsize=_AHEAD)
+        self.step_tokens = 0  # of the batch that was returned last: all ranks' input tokens, padding included
         self._failure: BaseException | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, args=(position,), name="batch loader", daemon=True)
@@ -107,11 +155,12 @@ class BatchLoader:
         """
         assert not self._closing.is_set(), "the loader is closed"
         if self._failure is None:
-            batch = self._ready.get()
-            if not isinstance(batch, BaseException):
+            item = self._ready.get()
+            if not isinstance(item, BaseException):
                 self._position += self._ramp.batch_at(self._position)
+                batch, self.step_tokens = item
                 return batch
-            self._failure = batch  # the thread has ended: asked again, say the same again
+            self._failure = item  # the thread has ended: asked again, say the same again
         raise self._failure
 
     def close(self) -> None:
@@ -128,7 +177,7 @@ class BatchLoader:
         self.close()
 
     def _read_ahead(self, position: int) -> None:
-        item: list[MicroBatch] | BaseException
+        item: tuple[list[MicroBatch], int] | BaseException
         while not self._closing.is_set():
             try:
                 self._announce(position)
@@ -140,7 +189,7 @@ class BatchLoader:
             if isinstance(item, BaseException):
                 return
 
-    def _hand_over(self, item: list[MicroBatch] | BaseException) -> None:
+    def _hand_over(self, item: tuple[list[MicroBatch], int] | BaseException) -> None:
         while not self._closing.is_set():
             try:
                 self._ready.put(item, timeout=_POLL_S)
@@ -150,19 +199,20 @@ class BatchLoader:
 
     def _announce(self, position: int) -> None:
         """See to it that the system knows of the step at `position` and of `readahead` steps behind it."""
-        if not (self._readahead and isinstance(self._dataset, RowDataset)):
+        if not self._readahead or self._in_rows is None:
             return
         until = self._ramp.position_after(1 + self._readahead, position)
         while self._announced < until and not self._closing.is_set():
             indices = self._indices(self._announced).reshape(-1)
-            self._dataset.announce(indices[indices < len(self._dataset)])
+            self._in_rows.announce(indices[indices < len(self._dataset)])
             self._announced += self._ramp.batch_at(self._announced)
 
     def _indices(self, position: int) -> NDArray[np.int64]:
         batch = self._ramp.batch_at(position)
         return indices_of_rank(position, batch, self._micro_batch, self._rank, self._size)
 
-    def _read_step(self, position: int) -> list[MicroBatch]:
+    def _read_step(self, position: int) -> tuple[list[MicroBatch], int]:
+        """This rank's micro-batches of a step, and the input tokens of all ranks in it."""
         available = len(self._dataset)
         last = position + self._ramp.batch_at(position)
         if position >= available or (last > available and not self._pad_last):
@@ -170,76 +220,86 @@ class BatchLoader:
                 f"the data end after sample {available:,}, but the next step reads samples {position:,} to {last:,}; "
                 "raise data.samples (which makes another order) or stop earlier with train.steps"
             )
-        return [micro_batch for chunk in self._chunks(position) for micro_batch in self._read_chunk(chunk)]
+        indices = self._indices(position)
+        if self._in_batches is not None:
+            lengths = self._in_batches.lengths(np.arange(position, last).reshape(-1, self._micro_batch))
+            return [self._in_batches.micro_batch(rows) for rows in indices], int(lengths.sum()) * self._micro_batch
+        batch = self._read_samples(indices) if self._in_rows is None else self._read_rows(indices, self._in_rows)
+        return batch, (last - position) * batch[0].tokens.shape[1]
 
-    def _chunks(self, position: int) -> Iterator[NDArray[np.int64]]:
-        """The samples of a step, [micro-batches, b] that are read together."""
-        indices, together = self._indices(position), 1
-        if isinstance(self._dataset, RowDataset):
-            together = max(1, _CHUNK_TOKENS // (self._micro_batch * (self._dataset.sequence_length + 1)))
-        for start in range(0, len(indices), together):
-            yield indices[start : start + together]
+    def _read_rows(self, indices: NDArray[np.int64], dataset: RowDataset) -> list[MicroBatch]:
+        """Micro-batches [n, b], all of their rows at once."""
+        flat = indices.reshape(-1)
+        present = np.flatnonzero(flat < len(dataset))
+        tokens, labels = self._pool.take((2, len(flat), dataset.sequence_length))
+        if len(present) < len(flat):
+            tokens.fill(PADDING)
+            labels.fill(PADDING)
+        low, high = dataset.fill(flat[present], tokens, labels, present)
+        self._check_range(low, high, tokens, labels, flat, dataset)
+        if low < 0 or len(present) < len(flat):
+            _hide_padding(tokens, labels)
+        shape = (*indices.shape, dataset.sequence_length)
+        rows = zip(torch.from_numpy(tokens).view(shape), torch.from_numpy(labels).view(shape), indices, strict=True)
+        return [MicroBatch(one, other, self._documents(samples, one.shape[1], dataset)) for one, other, samples in rows]
 
-    def _read_chunk(self, indices: NDArray[np.int64]) -> list[MicroBatch]:
-        count, width = indices.shape
-        rows = self._rows(indices.reshape(-1))
-        tokens, labels = np.empty((2, *rows[:, 1:].shape), dtype=np.int64)
-        np.copyto(tokens, rows[:, :-1])
-        np.copyto(labels, rows[:, 1:])
-        if rows.min() < 0:
-            tokens[tokens == PADDING] = 0
-            labels[labels == PADDING] = IGNORED
-        shape = (count, width, tokens.shape[1])
-        return [
-            MicroBatch(torch.from_numpy(one), torch.from_numpy(other), self._documents(samples, tokens.shape[1]))
-            for one, other, samples in zip(tokens.reshape(shape), labels.reshape(shape), indices, strict=True)
-        ]
-
-    def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples, as far as there are so many, tokens of the vocabulary or `PADDING`: [n, sequence_length + 1].
-
-        Valid until the next call.
-        """
-        available = len(self._dataset)
-        present = np.flatnonzero(indices < available)
-        if isinstance(self._dataset, RowDataset):
-            shape = (len(indices), self._dataset.sequence_length + 1)
-            if self._buffer is None or self._buffer.size < shape[0] * shape[1]:
-                self._buffer = np.empty(shape[0] * shape[1], dtype=np.int64)
-            rows = self._buffer[: shape[0] * shape[1]].reshape(shape)
-            if len(present) < len(indices):
-                rows.fill(PADDING)
-            self._dataset.fill(indices[present], rows, present)
-        else:
-            samples = [self._dataset.sample(index) for index in indices[present].tolist()]
+    def _read_samples(self, indices: NDArray[np.int64]) -> list[MicroBatch]:
+        """The same of a dataset that gives one sample at a time."""
+        assert not isinstance(self._dataset, MicroBatchDataset)
+        dataset, found = self._dataset, []
+        for micro_batch in indices:
+            samples = [dataset.sample(index) for index in micro_batch.tolist() if index < len(dataset)]
             # Where there is nothing but padding, its width is that of any sample.
-            empty = np.full_like(samples[0] if samples else self._dataset.sample(0), PADDING)
-            rows = np.stack([*samples, *[empty] * (len(indices) - len(present))])
-        if rows.size and (rows.max() >= self._vocab_size or rows.min() < PADDING):
-            raise self._out_of_range(rows, indices)
-        return rows
+            empty = np.full_like(samples[0] if samples else dataset.sample(0), PADDING)
+            rows = np.stack([*samples, *[empty] * (len(micro_batch) - len(samples))])
+            tokens, labels = rows[:, :-1].copy(), rows[:, 1:].copy()
+            self._check_range(int(rows.min()), int(rows.max()), tokens, labels, micro_batch, dataset)
+            _hide_padding(tokens, labels)
+            documents = self._documents(micro_batch, tokens.shape[1], dataset)
+            found.append(MicroBatch(torch.from_numpy(tokens), torch.from_numpy(labels), documents))
+        return found
 
-    def _documents(self, indices: NDArray[np.int64], sequence_length: int) -> Documents | None:
-        """The documents of these samples, of which those past the end of the data have none."""
-        if not self._document_mask:
-            return None
-        starts, most = np.zeros((len(indices), sequence_length), dtype=np.int32), 1
-        for row, index in enumerate(indices.tolist()):
-            if index < len(self._dataset):
-                begins = self._dataset.boundaries(index)
-                begins = begins[begins < sequence_length]  # the last token is a label alone
-                starts[row, begins] = begins
-                most = max(most, 1 + len(begins))
-        return Documents(torch.from_numpy(np.maximum.accumulate(starts, axis=1)), most)
+    def _documents(self, indices: NDArray[np.int64], sequence_length: int, dataset: Dataset) -> Documents | None:
+        return _documents(indices, sequence_length, dataset) if self._document_mask else None
 
-    def _out_of_range(self, rows: NDArray[np.int64], indices: NDArray[np.int64]) -> DataError:
+    def _check_range(
+        self,
+        low: int,
+        high: int,
+        tokens: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        indices: NDArray[np.int64],
+        dataset: Dataset,
+    ) -> None:
+        """Raise DataError where the lowest or the highest value of rows is no token."""
+        if low >= PADDING and high < self._vocab_size:
+            return
+        rows = np.concatenate((tokens, labels[:, -1:]), axis=1)
         row, column = np.argwhere((rows >= self._vocab_size) | (rows < PADDING))[0].tolist()
         index = int(indices[row])
-        return DataError(
+        raise DataError(
             f"sample {index} holds the token {rows[row, column]}, which is not among the model's vocabulary of "
-            f"{self._vocab_size} (0 … {self._vocab_size - 1}); it comes from {self._dataset.source(index)}. "
+            f"{self._vocab_size} (0 … {self._vocab_size - 1}); it comes from {dataset.source(index)}. "
             "Use data made with this model's tokenizer"
         )
+
+
+def _hide_padding(tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
+    """Where there is no token, let there be a valid one that is not predicted."""
+    tokens[tokens == PADDING] = 0
+    labels[labels == PADDING] = IGNORED
+
+
+def _documents(indices: NDArray[np.int64], sequence_length: int, dataset: Dataset) -> Documents:
+    """The documents of these samples, of which those past the end of the data have none."""
+    starts, most = np.zeros((len(indices), sequence_length), dtype=np.int32), 1
+    for row, index in enumerate(indices.tolist()):
+        if index < len(dataset):
+            begins = dataset.boundaries(index)
+            begins = begins[begins < sequence_length]  # the last token is a label alone
+            starts[row, begins] = begins
+            most = max(most, 1 + len(begins))
+    return Documents(torch.from_numpy(np.maximum.accumulate(starts, axis=1)), most)
 
 
 def _check_divides(global_batch: int, micro_batch: int, size: int) -> None:

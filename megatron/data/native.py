@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DTYPE_CODES = {np.dtype(name): code for code, name in {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}.items()}
-_SIGNATURES = {"greedy_choices": "ppnnnp", "permute": "pnnnpnp", "gather": "cppppnp", "sample_index": "ppnnnp"}
+_SIGNATURES = {"greedy_choices": "ppnnnp", "permute": "pnnnpnp", "split": "cpppppnnppp", "sample_index": "ppnnnp"}
+_HIGHEST = np.iinfo(np.int64).max
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "c": ctypes.c_int}
 
 
@@ -103,41 +104,62 @@ def permute_in_numpy(
     return values.astype(np.int64)
 
 
-def gather(
-    tokens: NDArray[np.integer],
+def split(
+    stored: NDArray[np.integer],
     starts: NDArray[np.int64],
-    targets: NDArray[np.int64],
-    lengths: NDArray[np.int64],
     rows: NDArray[np.int64],
-) -> None:
-    """Copy pieces of a token stream into rows: `lengths[k]` tokens from `starts[k]` on to place `targets[k]` of the
-    flattened `rows`, which are contiguous. Pieces must lie within both."""
-    assert rows.flags.c_contiguous and rows.dtype == np.int64
+    columns: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    labels: NDArray[np.int64],
+) -> tuple[int, int]:
+    """Copy pieces of a token stream into `tokens` and `labels` i64[n, s], each label being the token behind its input.
+
+    Piece k is `lengths[k]` tokens from `starts[k]` on, and begins at column `columns[k]` of row `rows[k]`; a row has
+    s + 1 tokens, of which the first is no label and the last a label alone. Returns the lowest and the highest token
+    (0 and −1 where there is none). Pieces must lie within both.
+    """
+    assert tokens.flags.c_contiguous and labels.flags.c_contiguous and tokens.shape == labels.shape
+    assert tokens.dtype == labels.dtype == np.int64
     if len(starts) == 0:
-        return
-    assert starts.min() >= 0 and int((starts + lengths).max()) <= len(tokens)
-    assert targets.min() >= 0 and int((targets + lengths).max()) <= rows.size
-    if _library is None or not tokens.flags.c_contiguous:
-        gather_in_numpy(tokens, starts, targets, lengths, rows)
-        return
-    arrays = [np.ascontiguousarray(array, dtype=np.int64) for array in (starts, targets, lengths)]
-    status = _library.megatron_gather(
-        _DTYPE_CODES[tokens.dtype], _address(tokens), *map(_address, arrays), len(starts), _address(rows)
-    )
-    assert status == 0, tokens.dtype
+        return 0, -1
+    count, width = tokens.shape
+    assert lengths.min() >= 0 and starts.min() >= 0 and int((starts + lengths).max()) <= len(stored)
+    assert rows.min() >= 0 and rows.max() < count
+    assert columns.min() >= 0 and int((columns + lengths).max()) <= width + 1
+    if _library is None or not stored.flags.c_contiguous:
+        return split_in_numpy(stored, starts, rows, columns, lengths, tokens, labels)
+    pieces = [np.ascontiguousarray(array, dtype=np.int64) for array in (starts, rows, columns, lengths)]
+    found = np.array([_HIGHEST, -_HIGHEST], dtype=np.int64)
+    status = _library.megatron_split(
+        _DTYPE_CODES[stored.dtype], _address(stored), *map(_address, pieces), len(starts), width,
+        _address(tokens), _address(labels), _address(found),
+    )  # fmt: skip
+    assert status == 0, stored.dtype
+    low, high = found.tolist()
+    return (low, high) if low <= high else (0, -1)
 
 
-def gather_in_numpy(
-    tokens: NDArray[np.integer],
+def split_in_numpy(
+    stored: NDArray[np.integer],
     starts: NDArray[np.int64],
-    targets: NDArray[np.int64],
-    lengths: NDArray[np.int64],
     rows: NDArray[np.int64],
-) -> None:
-    """`gather` without compiled code."""
-    flat = rows.reshape(-1)
-    for start, target, length in zip(starts.tolist(), targets.tolist(), lengths.tolist(), strict=True):
-        flat[target : target + length] = tokens[start : start + length]
+    columns: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    labels: NDArray[np.int64],
+) -> tuple[int, int]:
+    """`split` without compiled code."""
+    width, low, high = tokens.shape[1], _HIGHEST, -_HIGHEST
+    pieces = zip(starts.tolist(), rows.tolist(), columns.tolist(), lengths.tolist(), strict=True)
+    for start, row, column, length in pieces:
+        if length:
+            run = stored[start : start + length]
+            low, high = min(low, int(run.min())), max(high, int(run.max()))
+            tokens[row, column : column + length] = run[: width - column]
+            first = 1 if column == 0 else 0
+            labels[row, column - 1 + first : column - 1 + length] = run[first:]
+    return (low, high) if low <= high else (0, -1)
 
 
 def sample_index(
@@ -169,4 +191,4 @@ def sample_index_in_numpy(
 
 
 def _address(array: NDArray[np.generic]) -> int:
-    return array.ctypes.data
+    return int(array.__array_interface__["data"][0])  # `array.ctypes` takes several microseconds

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.dataset import ENDLESS, sample_of
+from megatron.data.dataset import ENDLESS, PADDING, sample_of
 from megatron.data.order import KeyedPermutation, megatron_order
 from megatron.data.stream import Excerpt, Pieces, Stream, runs
 from megatron.utils.errors import DataError
@@ -45,16 +45,27 @@ class StoredDataset(ABC):
         """Sample `index`."""
         return sample_of(self, index)
 
-    def fill(self, indices: NDArray[np.int64], rows: NDArray[np.int64], at: NDArray[np.int64]) -> None:
-        """Sample `indices[k]` into `rows[at[k]]`. Raises DataError for a negative stored token, which could otherwise
-        pass for padding."""
-        damaged = self.stream.read(self.pieces(indices), rows, at)
-        if damaged >= 0:
-            row = rows[at[damaged]]
-            raise DataError(
-                f"{self.source(int(indices[damaged]))} holds the token {row.min()}; tokens are not negative, so the "
-                "data are damaged"
-            )
+    def fill(
+        self,
+        indices: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        at: NDArray[np.int64],
+    ) -> tuple[int, int]:
+        """Sample `indices[k]` into the rows `at[k]`. Raises DataError for a negative stored token, which could
+        otherwise pass for padding."""
+        pieces = self.pieces(indices)
+        low, high = self.stream.read(pieces, tokens, labels, at)
+        if low < 0:
+            starts, lengths = pieces.starts.tolist(), pieces.lengths.tolist()
+            for sample, start, length in zip(pieces.samples.tolist(), starts, lengths, strict=True):
+                lowest = self.stream.lowest(start, length)
+                if lowest < 0:
+                    raise DataError(
+                        f"{self.source(int(indices[sample]))} holds the token {lowest}; tokens are not negative, so "
+                        "the data are damaged"
+                    )
+        return (low if pieces.whole(self.sequence_length, len(indices)) else PADDING), high
 
     def announce(self, indices: NDArray[np.int64]) -> None:
         """These samples will be read soon."""
@@ -140,7 +151,7 @@ class StableOrderDataset(StoredDataset):
         """The windows that these samples are."""
         epochs, positions = np.divmod(indices, self.windows_per_epoch)
         windows = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1) if len(epochs) else ():
             of_epoch = epochs == epoch
             windows[of_epoch] = self._permutation(epoch).of(positions[of_epoch])
         return windows

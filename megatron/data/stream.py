@@ -32,6 +32,10 @@ class Pieces:
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
 
+    def whole(self, sequence_length: int, samples: int) -> bool:
+        """Whether so many samples all have `sequence_length` + 1 tokens: none can have more."""
+        return int(self.lengths.sum()) == samples * (sequence_length + 1)
+
 
 @dataclass(frozen=True)
 class Excerpt:
@@ -68,23 +72,25 @@ class Stream:
         """Where sequences of the pair begin among the tokens of its file."""
         return self.reader.pointers[sequences] // self.reader.dtype.itemsize
 
-    def read(self, pieces: Pieces, rows: NDArray[np.int64], at: NDArray[np.int64]) -> int:
-        """Copy the pieces of samples into `rows` i64[n, width], sample k into row `at[k]`; `PADDING` where they are
-        shorter. Returns −1, or the number of a sample that holds a negative token: what is stored is damaged then."""
+    def read(
+        self, pieces: Pieces, tokens: NDArray[np.int64], labels: NDArray[np.int64], at: NDArray[np.int64]
+    ) -> tuple[int, int]:
+        """Copy samples into rows of `tokens` and `labels` i64[n, s], sample k into row `at[k]`; `PADDING` behind a
+        short one. The lowest and the highest stored token."""
+        if not pieces.whole(tokens.shape[1], len(at)):
+            tokens[at] = labels[at] = PADDING
+        rows = at[pieces.samples]
+        return native.split(self._mapped(), pieces.starts, rows, pieces.columns, pieces.lengths, tokens, labels)
+
+    def lowest(self, start: int, length: int) -> int:
+        """The lowest of `length` tokens from `start` on; 0 where there are none."""
+        return int(self._mapped()[start : start + length].min(initial=0))
+
+    def _mapped(self) -> NDArray[np.integer]:
+        """All tokens of the file. Not as a memory map of numpy's, whose every slice would take a microsecond."""
         if self._tokens is None:
-            # Not as a memory map of numpy's, whose every slice would take a microsecond.
             self._tokens = self.reader.read_stream(0, self.reader.num_tokens).view(np.ndarray)
-        whole = int(pieces.lengths.sum()) == len(at) * rows.shape[1]
-        if not whole:
-            rows[at] = PADDING
-        targets = at[pieces.samples] * rows.shape[1] + pieces.columns
-        native.gather(self._tokens, pieces.starts, targets, pieces.lengths, rows)
-        if self._tokens.dtype.kind == "u":
-            return -1
-        negative = np.count_nonzero(rows[at] < 0, axis=1)
-        stored = np.bincount(pieces.samples, pieces.lengths, minlength=len(at)).astype(np.int64)
-        damaged = np.flatnonzero(negative > rows.shape[1] - stored)
-        return int(damaged[0]) if len(damaged) else -1
+        return self._tokens
 
     def announce(self, pieces: Pieces) -> None:
         """Tell the system that these pieces will be read soon, so that it fetches them meanwhile."""

@@ -33,10 +33,18 @@ class SyntheticDataset:
         words: NDArray[np.uint64] = generator.random_raw(self.sequence_length + 1)
         return (words % np.uint64(self._vocab_size)).astype(np.int64)
 
-    def fill(self, indices: NDArray[np.int64], rows: NDArray[np.int64], at: NDArray[np.int64]) -> None:
-        """Sample `indices[k]` into `rows[at[k]]`."""
+    def fill(
+        self,
+        indices: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        at: NDArray[np.int64],
+    ) -> tuple[int, int]:
+        """Sample `indices[k]` into the rows `at[k]`."""
         for index, row in zip(indices.tolist(), at.tolist(), strict=True):
-            rows[row] = self.sample(index)
+            sample = self.sample(index)
+            tokens[row], labels[row] = sample[:-1], sample[1:]
+        return 0, self._vocab_size - 1
 
     def announce(self, indices: NDArray[np.int64]) -> None:
         """Nothing is stored."""

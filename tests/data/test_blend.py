@@ -45,9 +45,12 @@ class Numbered:
         assert index < self._length, "the blend asked for more than the member has"
         return np.array([self._member, index])
 
-    def fill(self, indices: NDArray[np.int64], rows: NDArray[np.int64], at: NDArray[np.int64]) -> None:
+    def fill(
+        self, indices: NDArray[np.int64], tokens: NDArray[np.int64], labels: NDArray[np.int64], at: NDArray[np.int64]
+    ) -> tuple[int, int]:
         for index, row in zip(indices.tolist(), at.tolist(), strict=True):
-            rows[row] = self.sample(index)
+            tokens[row], labels[row] = self.sample(index)
+        return 0, int(indices.max())
 
     def announce(self, indices: NDArray[np.int64]) -> None:
         self.announced += indices.tolist()
@@ -65,9 +68,10 @@ def one_stage(choices: Choices, members: list[Numbered], samples: int = ENDLESS)
 
 def read(blend: Blend, indices: list[int]) -> list[list[int]]:
     """The samples at these positions, read at once."""
-    rows = np.full((len(indices), 2), -7)
-    blend.fill(np.array(indices, dtype=np.int64), rows, np.arange(len(indices)))
-    return rows.tolist()
+    tokens, labels = np.full((2, len(indices), 1), -7)
+    low, high = blend.fill(np.array(indices, dtype=np.int64), tokens, labels, np.arange(len(indices)))
+    assert low == 0 and high == labels.max(initial=-1)
+    return np.concatenate((tokens, labels), axis=1).tolist()
 
 
 def slow_blend(weights: list[float], samples: int) -> list[list[int]]:

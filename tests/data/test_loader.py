@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from megatron.config.batches import Ramp
 from megatron.data.dataset import ENDLESS, PADDING
 from megatron.data.loader import BatchLoader
 from megatron.data.synthetic import SyntheticDataset
@@ -211,3 +213,128 @@ def test_micro_batches_know_their_documents_where_they_are_asked_to() -> None:
     assert second.starts.tolist() == [[0, 0, 2, 2], [0, 0, 0, 0]] and second.most == 2  # the last is padding
     with BatchLoader(InDocuments(4), **options) as loader:
         assert all(batch.documents is None for batch in loader.next_batch())
+
+
+def test_a_ramp_changes_the_batch_at_a_position_on_every_grid_alike() -> None:
+    ramp = Ramp(((0, 4), (10, 8), (30, 16)))  # 0 4 8 | 12 20 28 | 36 52
+    for micro_batch, size in ((1, 1), (2, 2), (1, 4)):
+        for start, skipped in ((0, 0), (12, 3)):
+            loaders = [
+                BatchLoader(
+                    Counting(1000), global_batch=ramp, micro_batch=micro_batch, rank=rank, size=size,
+                    vocab_size=10_000, position=start,
+                )
+                for rank in range(size)
+            ]  # fmt: skip
+            bounds = [0, 4, 8, 12, 20, 28, 36, 52, 68][skipped:]
+            for first, last in pairwise(bounds):
+                assert all(loader.position == first for loader in loaders)
+                read = {
+                    int(token) // 10
+                    for loader in loaders
+                    for micro in loader.next_batch()
+                    for token in micro.tokens[:, 0]
+                }
+                assert read == set(range(first, last))
+            for loader in loaders:
+                loader.close()
+
+
+def test_each_batch_of_a_ramp_must_divide() -> None:
+    with pytest.raises(ConfigError, match=r"global_batch=6 .* = 4; use 8"):
+        BatchLoader(Counting(9), global_batch=Ramp(((0, 8), (9, 6))), micro_batch=2, rank=0, size=2, vocab_size=9)
+
+
+class InRows(Counting):
+    """The same samples, all of a step at once."""
+
+    sequence_length = 4
+
+    def __init__(self, length: int, bad: dict[int, list[int]] | None = None) -> None:
+        super().__init__(length, bad)
+        self.announced: list[int] = []
+
+    def fill(
+        self, indices: NDArray[np.int64], tokens: NDArray[np.int64], labels: NDArray[np.int64], at: NDArray[np.int64]
+    ) -> tuple[int, int]:
+        rows = np.array([self.sample(index) for index in indices.tolist()])
+        tokens[at], labels[at] = rows[:, :-1], rows[:, 1:]
+        return (int(rows.min()), int(rows.max())) if len(rows) else (0, -1)
+
+    def announce(self, indices: NDArray[np.int64]) -> None:
+        assert (indices < len(self)).all()
+        self.announced += indices.tolist()
+
+    def boundaries(self, index: int) -> NDArray[np.int64]:
+        return np.array([1 + index % 3])
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_reading_rows_at_once_gives_the_same_batches(document_mask: bool) -> None:
+    bad = {3: [7, 8, PADDING, PADDING, PADDING], 8: [1, 2, 3, 4, PADDING]}
+    options = {"global_batch": 12, "micro_batch": 2, "rank": 1, "size": 2, "vocab_size": 10_000, "pad_last": True}
+
+    class OneByOne(Counting):
+        boundaries = InRows.boundaries
+
+    with (
+        BatchLoader(InRows(29, bad), document_mask=document_mask, **options) as fast,
+        BatchLoader(OneByOne(29, bad), document_mask=document_mask, **options) as slow,
+    ):
+        for _ in range(3):
+            for one, other in zip(fast.next_batch(), slow.next_batch(), strict=True):
+                assert one.tokens.tolist() == other.tokens.tolist() and one.labels.tolist() == other.labels.tolist()
+                assert one.tokens.is_contiguous() and one.labels.is_contiguous()
+                if document_mask:
+                    assert one.documents is not None and other.documents is not None
+                    assert one.documents.starts.tolist() == other.documents.starts.tolist()
+                    assert one.documents.most == other.documents.most
+
+
+@pytest.mark.parametrize(("at", "token"), [(0, 50), (4, 51), (2, -2)])
+def test_a_token_outside_the_vocabulary_is_found_in_rows(at: int, token: int) -> None:
+    sample = [1, 2, 3, 4, 5]
+    sample[at] = token
+    dataset = InRows(3, bad={1: sample})
+    with (
+        BatchLoader(dataset, global_batch=3, micro_batch=1, rank=0, size=1, vocab_size=50) as loader,
+        pytest.raises(DataError, match=rf"sample 1 holds the token {token}, .*counting, sample 1"),
+    ):
+        loader.next_batch()
+
+
+def test_what_is_held_is_never_written_over() -> None:
+    """Memory is used again, but not while a batch, or anything made of it without a copy, is still there."""
+    with BatchLoader(InRows(ENDLESS), global_batch=4, micro_batch=2, rank=0, size=1, vocab_size=10**9) as loader:
+        kept, addresses = [], set()
+        for step in range(40):
+            batch = loader.next_batch()
+            addresses.add(batch[0].tokens.data_ptr())
+            if step % 3 == 0:
+                kept.append((step, batch[1].labels[1:].t(), batch[0].tokens.numpy()[0]))
+            del batch
+        for step, labels, tokens in kept:
+            first = 40 * step
+            assert labels[:, 0].tolist() == [first + 31, first + 32, first + 33, first + 34]
+            assert tokens.tolist() == [first, first + 1, first + 2, first + 3]
+        assert len(addresses) < 40, "and it is used again"
+
+
+def test_the_system_is_told_of_this_ranks_samples_before_they_are_read() -> None:
+    dataset = InRows(44)
+    ramp = Ramp(((0, 8), (16, 16)))
+    with BatchLoader(
+        dataset, global_batch=ramp, micro_batch=2, rank=1, size=2, vocab_size=10_000, pad_last=True, readahead=2
+    ) as loader:
+        expected = []
+        for _ in range(4):
+            tokens = [int(token) for micro in loader.next_batch() for token in micro.tokens[:, 0]]
+            expected += [token // 10 for token in tokens if token]  # 0 fills up
+            assert dataset.announced[: len(expected)] == expected
+    announced = dataset.announced
+    assert announced == sorted(set(announced)), "each once, in their order"
+    assert announced == [index for index in range(44) if index % 4 >= 2]
+    silent = InRows(44)
+    with BatchLoader(silent, global_batch=8, micro_batch=2, rank=1, size=2, vocab_size=10_000) as loader:
+        loader.next_batch()
+    assert silent.announced == []

@@ -50,26 +50,49 @@ def test_permute(size: int, seed: int, data: st.DataObject) -> None:
     assert native.permute_in_numpy(keys, bits, size, asked).tolist() == expected
 
 
+def slow_split(
+    stored: np.ndarray, pieces: list[tuple[int, int, int, int]], count: int, width: int
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Tokens, labels and all that was copied, token by token; −7 where nothing is written."""
+    rows = [[-7] * (width + 1) for _ in range(count)]
+    copied = []
+    for start, row, column, length in pieces:
+        for at in range(length):
+            rows[row][column + at] = int(stored[start + at])
+            copied.append(int(stored[start + at]))
+    return [row[:-1] for row in rows], [row[1:] for row in rows], copied
+
+
 @pytest.mark.parametrize("dtype", ["<u1", "<i1", "<i2", "<i4", "<i8", "<u2"])
-def test_gather(dtype: str) -> None:
-    generator = np.random.default_rng(0)
+@pytest.mark.parametrize("width", [1, 2, 9, 40])
+def test_split(dtype: str, width: int) -> None:
+    generator = np.random.default_rng(width)
     limits = np.iinfo(dtype)
-    tokens = generator.integers(limits.min, limits.max, 500, dtype=np.dtype(dtype), endpoint=True)
-    lengths = generator.integers(0, 20, 60)
-    starts = generator.integers(0, 480, 60)
-    targets = np.cumsum(lengths) - lengths
-    found, expected = np.zeros((7, 100), dtype=np.int64), np.zeros((7, 100), dtype=np.int64)
-    native.gather(tokens, starts, targets, lengths, found)
-    native.gather_in_numpy(tokens, starts, targets, lengths, expected)
-    assert found.tolist() == expected.tolist()
-    assert found.reshape(-1)[: lengths[0]].tolist() == tokens[starts[0] : starts[0] + lengths[0]].tolist()
+    stored = generator.integers(limits.min, limits.max, 500, dtype=np.dtype(dtype), endpoint=True)
+    pieces = []
+    for row in generator.permutation(7)[:5].tolist():
+        column = 0
+        while column <= width:
+            length = int(generator.integers(0, width + 2 - column))
+            pieces.append((int(generator.integers(0, 450)), row, column, length))
+            column += max(length, 1)
+    for some in (pieces, pieces[:1], [(*pieces[0][:3], 0)]):
+        tokens, labels, copied = slow_split(stored, some, 7, width)
+        for function in (native.split, native.split_in_numpy):
+            found = np.full((2, 7, width), -7, dtype=np.int64)
+            low, high = function(stored, *(np.array(column) for column in zip(*some, strict=True)), found[0], found[1])
+            assert found.tolist() == [tokens, labels]
+            assert (low, high) == ((min(copied), max(copied)) if copied else (0, -1))
 
 
-@pytest.mark.parametrize(("start", "target", "length"), [(-1, 0, 1), (0, -1, 1), (95, 0, 6), (0, 20, 5)])
-def test_pieces_outside_are_a_bug_and_touch_no_memory(start: int, target: int, length: int) -> None:
-    pieces = [np.array([value]) for value in (start, target, length)]
+@pytest.mark.parametrize(
+    "piece", [(-1, 0, 0, 1), (95, 0, 0, 6), (0, -1, 0, 1), (0, 4, 0, 1), (0, 0, -1, 1), (0, 0, 0, 8), (0, 3, 2, 6),
+              (0, 0, 0, -1)],
+)  # fmt: skip
+def test_pieces_outside_are_a_bug_and_touch_no_memory(piece: tuple[int, ...]) -> None:
+    out = np.zeros((2, 4, 6), dtype=np.int64)
     with pytest.raises(AssertionError):
-        native.gather(np.zeros(100, dtype=np.uint16), *pieces, np.zeros((4, 6), dtype=np.int64))
+        native.split(np.zeros(100, dtype=np.uint16), *(np.array([value]) for value in piece), out[0], out[1])
 
 
 @given(
@@ -89,15 +112,17 @@ def test_sample_index(sizes: list[int], sequence_length: int, copies: int, seed:
 def test_without_compiled_code_everything_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     def results() -> list[list[int]]:
         counts = [0, 0]
-        rows = np.zeros((2, 4), dtype=np.int64)
-        tokens = np.arange(9, dtype=np.uint16)
-        native.gather(tokens, np.array([2, 0]), np.array([0, 4]), np.array([4, 3]), rows)
+        rows = np.zeros((2, 2, 3), dtype=np.int64)
+        stored = np.arange(9, dtype=np.uint16)
+        pieces = np.array([[2, 0, 0, 4], [0, 1, 1, 3]]).T
+        range_ = native.split(stored, *pieces, rows[0], rows[1])
         sizes = np.array([2, 0, 5], dtype=np.int32)
         return [
             native.greedy_choices([0.7, 0.3], counts, 0, 9).tolist(),
             counts,
             KeyedPermutation(100, seed=1, epoch=0).of(np.arange(9)).tolist(),
-            rows.tolist(),
+            rows.reshape(-1).tolist(),
+            list(range_),
             native.sample_index(sizes, np.array([2, 1, 0], dtype=np.int32), 3, 2).tolist(),
         ]
 

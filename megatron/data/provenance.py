@@ -5,17 +5,18 @@ The pair itself is Megatron's format and says nothing of that, so pairs made els
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_left
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from megatron.data.indexed import clean_prefix, pair_paths
 from megatron.utils.errors import DataError
-from megatron.utils.files import write_atomically
+from megatron.utils.files import sha256_file, write_atomically
 
 
 @dataclass(frozen=True)
@@ -129,3 +130,37 @@ def _ranges(text: str) -> tuple[np.ndarray, np.ndarray]:
     firsts = np.array([int(low) for low, _ in pairs], dtype=np.int64)
     lasts = np.array([int(high or low) for low, high in pairs], dtype=np.int64)
     return firsts, lasts - firsts + 1
+
+
+def check_checksums(prefix: str | Path, provenance: Provenance) -> int:
+    """Read a pair and compare it with the checksums of its `.json`; how many bytes that has shown to be right.
+
+    Raises DataError for a difference. What an earlier version wrote has no checksums: 0.
+    """
+    bin_path, idx_path = pair_paths(prefix)
+    checked = 0
+    try:
+        with open(bin_path, "rb") as file:
+            for part in provenance.checksums.get("bin", []):
+                begin, digest = file.tell(), _digest(file, part["bytes"])
+                if part["sha256"] is not None and digest != part["sha256"]:
+                    raise DataError(
+                        f"{bin_path}: bytes {begin:,} to {begin + part['bytes']:,} are not those that were written "
+                        "(their SHA-256 differs); copy or make it again"
+                    )
+                checked += 0 if part["sha256"] is None else part["bytes"]
+        if idx := provenance.checksums.get("idx"):
+            if sha256_file(idx_path) != idx:
+                raise DataError(f"{idx_path} is not what was written (its SHA-256 differs); copy or make it again")
+            checked += idx_path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{bin_path} and .idx cannot be read: {error.strerror or error}") from error
+    return checked
+
+
+def _digest(file: BinaryIO, num_bytes: int) -> str:
+    digest = hashlib.sha256()
+    while num_bytes and (block := file.read(min(num_bytes, 1 << 20))):
+        digest.update(block)
+        num_bytes -= len(block)
+    return digest.hexdigest()

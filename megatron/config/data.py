@@ -63,13 +63,32 @@ class DataConfig:
         "often, more favours the small ones.",
         above=0,
     )
+    kind: Literal["pretraining", "instruction"] = key(
+        "pretraining",
+        "`instruction`: prefixes are of conversations (PREFIX-text and PREFIX-role, as `megatron preprocess --chat` "
+        "and Megatron-LLM write them), a sample is one of them or a row of several, and the loss is on the answers.",
+    )
+    packing: bool = key(
+        False,
+        "Pack several conversations into each sample, which do not see each other. false: each is a sample, and "
+        "micro-batches are as long as their longest.",
+    )
+    prompt_loss_weight: float = key(
+        0.0, "Weight of the loss of what is not an answer (of an answer it is 1).", minimum=0
+    )
+    pad_token_id: int | None = key(
+        None,
+        "A token that conversations never teach to say. Megatron-LLM takes its padding token for that: with its "
+        "--no_new_tokens the end of sentence.",
+        minimum=0,
+    )
     sequence_length: int | None = key(
         None, "Tokens per sample that carry a prediction. null: the model's max_position_embeddings.", minimum=1
     )
     order: Literal["megatron", "stable"] = key(
         "megatron",
-        "Order of the samples: `megatron` is exactly that of Megatron's GPT dataset; `stable` is a keyed permutation "
-        "that stays the same when the run is extended.",
+        "Order of the samples: `megatron` is exactly that of Megatron's GPT dataset, or of Megatron-LLM's instruction "
+        "dataset; `stable` is a keyed permutation that stays the same when the run is extended.",
     )
     document_mask: bool = key(
         False,

@@ -16,3 +16,8 @@ class EvaluateConfig:
 
     interval: int | None = key(None, "Steps between validations. null: never.", minimum=1)
     batches: int = key(10, "Global batches per validation.", minimum=1)
+    metrics: tuple[MetricName, ...] = key(
+        (),
+        "What is reported beside the loss, as `[accuracy, count_loss_mask]`; those with `instruct` leave out the "
+        "markup around messages.",
+    )

@@ -93,6 +93,8 @@ def _values(key: Key) -> str:
     optional, kind = split_optional(key.type)
     if typing.get_origin(kind) is Literal:
         words = ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
+    elif typing.get_origin(kind) is tuple and kind not in _TYPES:
+        words = "list of " + ", ".join(f"`{choice}`" for choice in typing.get_args(typing.get_args(kind)[0]))
     else:
         words = _TYPES[kind]
     info = key.info

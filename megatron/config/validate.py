@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron.config.batches import Ramp, batch_sizes
-from megatron.config.data import blends_of
+from megatron.config.data import SYNTHETIC, DataConfig, blends_of
 from megatron.config.run import RunConfig
 from megatron.config.values import show
 from megatron.utils.errors import ConfigError
@@ -102,6 +102,38 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
             ("data.validation",),
             "data.validation has blends that follow each other, but it is the same set each time; give one blend",
         )
+    yield from _kind_problems(data)
+
+
+def _kind_problems(data: DataConfig) -> Iterator[Problem]:
+    """What goes with one kind of data and not with the other."""
+    if data.kind == "pretraining":
+        given = [name for name in ("packing", "prompt_loss_weight", "pad_token_id") if getattr(data, name)]
+        for name in given:
+            yield Problem(
+                ("data.kind", f"data.{name}"),
+                f"data.{name}={show(getattr(data, name))} with data.kind=pretraining: it is for conversations; use "
+                f"data.kind=instruction, or leave data.{name} out",
+            )
+        return
+    if data.document_mask:
+        yield Problem(
+            ("data.kind", "data.document_mask"),
+            "data.document_mask=true with data.kind=instruction: conversations never see each other; leave it out",
+        )
+    for name in ("train", "validation"):
+        if getattr(data, name) == SYNTHETIC:
+            yield Problem(
+                ("data.kind", f"data.{name}"),
+                f"data.{name}=synthetic with data.kind=instruction: random tokens have no roles; name the prefix of "
+                "conversations, or use data.kind=pretraining",
+            )
+    if data.train is not None and len(blends_of(data.train)) > 1:
+        yield Problem(
+            ("data.kind", "data.train"),
+            "data.train has blends that follow each other, which data.kind=instruction does not offer; give one blend, "
+            "or train in several runs, each from the weights of the one before",
+        )
 
 
 def _schedule_problems(config: RunConfig) -> Iterator[Problem]:
@@ -180,7 +212,7 @@ def _kernel_problems(config: RunConfig) -> Iterator[Problem]:
 
 def _run_attention_problems(config: RunConfig) -> Iterator[Problem]:
     """What cannot compute attention within documents or over split sequences."""
-    masks = [("data.document_mask", "true")] if config.data.document_mask else []
+    masks = [(f"data.{name}", "true") for name in ("document_mask", "packing") if getattr(config.data, name)]
     if config.parallel.context > 1:
         masks.append(("parallel.context", str(config.parallel.context)))
     others = [("kernels.attention", "eager", "auto")] if config.kernels.attention == "eager" else []

@@ -72,6 +72,8 @@ def _convert_kind(kind: Any, value: Any) -> Any:
         return _convert_global_batch(value)
     if kind == LayerSplit:
         return _convert_layer_split(value)
+    if typing.get_origin(kind) is tuple:
+        return _convert_choices(typing.get_args(typing.get_args(kind)[0]), value)
     return _CONVERTERS[kind](value)
 
 
@@ -113,6 +115,15 @@ def _convert_choice(choices: tuple[Any, ...], value: Any) -> Any:
     guess = nearest_name(str(value), choices)
     hint = f"; did you mean {guess}?" if guess else ""
     raise ValueProblem(f"must be one of {', '.join(choices)}{hint}")
+
+
+def _convert_choices(choices: tuple[str, ...], value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueProblem(f"must be a list of some of {', '.join(choices)}")
+    chosen = tuple(_convert_choice(choices, item) for item in value)
+    if len(set(chosen)) < len(chosen):
+        raise ValueProblem(f"names {next(one for one in chosen if chosen.count(one) > 1)} twice")
+    return chosen
 
 
 def _convert_source(value: Any) -> Source:

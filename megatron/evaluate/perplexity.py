@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron.data.dataset import Dataset
-from megatron.data.loader import BatchLoader, MicroBatch
+from megatron.data.loader import BatchLoader, MicroBatch, MicroBatchDataset
 from megatron.evaluate.metrics import Markers, Tally, exponential
 from megatron.kernels.runs import Documents
 from megatron.model.stage import run_micro_batches
@@ -37,7 +37,7 @@ class Evaluation:
 
 def evaluate(
     model: Transformer | ChunkedTransformer,
-    dataset: Dataset,
+    dataset: Dataset | MicroBatchDataset,
     exchange: Exchange,
     *,
     micro_batch: int,
@@ -66,7 +66,7 @@ def evaluate(
 
 def evaluate_parts(
     model: Transformer | ChunkedTransformer,
-    datasets: Mapping[str, Dataset],
+    datasets: Mapping[str, Dataset | MicroBatchDataset],
     exchange: Exchange,
     *,
     micro_batch: int,
@@ -95,7 +95,7 @@ def evaluate_parts(
 
 def _sums(
     model: Transformer | ChunkedTransformer,
-    dataset: Dataset,
+    dataset: Dataset | MicroBatchDataset,
     exchange: Exchange,
     tally: Tally,
     micro_batch: int,

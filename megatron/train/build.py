@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,13 +19,7 @@ from megatron.config.dump import dump_config, to_dict
 from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
 from megatron.config.validate import validate_grid
-from megatron.data.build import (
-    build_train_dataset,
-    build_validation_datasets,
-    check_tokenizer,
-    data_prefixes,
-    open_training_sources,
-)
+from megatron.data.build import check_tokenizer, data_prefixes
 from megatron.data.loader import BatchLoader
 from megatron.evaluate.perplexity import Evaluation, evaluate_parts
 from megatron.model.config import ModelConfig
@@ -36,6 +31,7 @@ from megatron.parallel.pipeline.partition import Part, cut, describe_partition
 from megatron.parallel.world import World
 from megatron.tokenizer import find_tokenizer, load_tokenizer
 from megatron.train.checkpoints import Checkpoints, check_resume, start_from
+from megatron.train.datasets import describe_order, find_markers, training_dataset, validation_sets
 from megatron.train.hooks import CollectGarbage, Hook, Report, Save
 from megatron.train.kernels import choose_kernels, install
 from megatron.train.metrics import Metrics, Speed
@@ -70,6 +66,13 @@ class Plan:
     decay_steps: int
     micro_batches: int  # of the largest batch
     parts: tuple[Part, ...]
+
+    @property
+    def length_unit(self) -> int:
+        """Of which the length of a sample must be a multiple for the ranks to share it."""
+        context = self.grid.context
+        halves = 2 * context if context > 1 else 1
+        return math.lcm(halves, context * (self.grid.tensor if self.sequence_parallel else 1))
 
 
 def make_plan(config: RunConfig, model: ModelConfig, world_size: int) -> Plan:
@@ -115,7 +118,7 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
     origin = find_origin(config, world)
     plan = world.agree(lambda: make_plan(config, origin.model, world.launch.world_size))
     carried = world.agree(lambda: _check_tokenizer(config, origin))
-    data_state = world.agree(lambda: describe_order(config, plan))
+    data_state = world.agree(lambda: describe_order(config, sequence_length=plan.sequence_length, samples=plan.samples))
     progress = world.agree(lambda: _restore_progress(config, origin, data_state))
     context = connect(
         plan.grid,
@@ -180,26 +183,6 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         )
 
 
-def describe_order(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """What the order of the samples depends on: the position in it means the same only where all this is the same.
-
-    Sources are known by their sizes, not by their paths, so that data may move.
-    """
-    data = config.data
-    order: dict[str, Any] = {
-        "data.order": data.order,
-        "data.seed": data.seed,
-        "data.sequence_length": plan.sequence_length,
-    }
-    if data.order == "megatron" and data.train != SYNTHETIC:
-        order["data.samples"] = plan.samples
-    if data.train == SYNTHETIC or data.train is None:
-        order["data.train"] = data.train
-    else:
-        order["data.train"] = open_training_sources(data).describe()
-    return order
-
-
 def _prepare_folders(config: RunConfig, world: World) -> None:
     """Find out now, not at the first save, that a folder cannot be written."""
     if world.launch.rank != 0:
@@ -232,14 +215,18 @@ def _check_tokenizer(config: RunConfig, origin: Origin) -> dict[str, bytes]:
 
     They are read now: the checkpoint that a resumed run takes them from may soon be removed.
     """
-    path = None if config.tokenizer.path is None else Path(config.tokenizer.path)
     carried = {} if origin.source is None else read_carried(origin.source.tokenizer_files)
-    if path is None and origin.source is not None:
-        path = find_tokenizer(origin.source.folder)
-    check_tokenizer(data_prefixes(config.data), path, origin.model.vocab_size)
+    check_tokenizer(data_prefixes(config.data), _tokenizer_path(config, origin), origin.model.vocab_size)
     if config.tokenizer.path is not None:
         carried |= read_carried(load_tokenizer(config.tokenizer.path).files)
     return carried
+
+
+def _tokenizer_path(config: RunConfig, origin: Origin) -> Path | None:
+    """The tokenizer that is named, or that of the model folder; None where neither is there."""
+    if config.tokenizer.path is not None:
+        return Path(config.tokenizer.path)
+    return None if origin.source is None else find_tokenizer(origin.source.folder)
 
 
 def _restore_progress(config: RunConfig, origin: Origin, data_state: dict[str, Any]) -> Progress:
@@ -280,11 +267,12 @@ def open_loader(
     config: RunConfig, plan: Plan, model: ModelConfig, context: ParallelContext, position: int
 ) -> BatchLoader:
     """This data rank's micro-batches from sample `position` on."""
-    dataset = build_train_dataset(
-        config.data,
+    dataset = training_dataset(
+        config,
         sequence_length=plan.sequence_length,
         samples=plan.samples,
         vocab_size=model.vocab_size,
+        length_unit=plan.length_unit,
     )
     return BatchLoader(
         dataset,
@@ -305,23 +293,26 @@ def _validation(
     """A function that evaluates the fixed validation sets; None where none are asked for."""
     if config.evaluate.interval is None:
         return None
-    datasets = build_validation_datasets(
-        config.data,
+    datasets = validation_sets(
+        config,
         sequence_length=plan.sequence_length,
-        samples=config.evaluate.batches * largest_batch(config.train.global_batch),
         vocab_size=origin.model.vocab_size,
+        length_unit=plan.length_unit,
     )
     if not datasets:
         return None
+    markers = find_markers(config, _tokenizer_path(config, origin))
 
     def run() -> Evaluation:
         return evaluate_parts(
             model,
-            dict(datasets),
+            datasets,
             world.exchange,
             micro_batch=config.train.micro_batch,
             micro_batches=plan.micro_batches,
             document_mask=config.data.document_mask,
+            metrics=config.evaluate.metrics,
+            markers=markers,
         )
 
     return run
@@ -373,7 +364,10 @@ def _describe_run(
             grid.pipeline,
             plan.micro_batches,
         )
-    extendable = config.data.order == "stable" or config.data.samples is not None or config.data.train == SYNTHETIC
+    data = config.data
+    extendable = data.order == "stable" or data.samples is not None or data.train == SYNTHETIC
+    if data.kind == "instruction":
+        extendable = True
     if progress.step == 0 and config.checkpoint.save is not None and not extendable:
         _logger.info("more train.steps later need data.samples or data.order=stable now")
 

@@ -57,8 +57,17 @@ class Report:
                 evaluation = self.evaluate()
             figures["validation_loss"] = evaluation.loss
             figures["validation_perplexity"] = evaluation.perplexity
+            figures |= {f"validation_{name}": value for name, value in evaluation.metrics.items()}
             _logger.info(
-                "step %d  validation loss %.4f  perplexity %.3f", progress.step, evaluation.loss, evaluation.perplexity
+                "step %d  validation loss %.4f  perplexity %.3f%s",
+                progress.step,
+                evaluation.loss,
+                evaluation.perplexity,
+                "".join(
+                    f"  {name.replace('_', ' ')} {value:.4g}"
+                    for name, value in evaluation.metrics.items()
+                    if name != "perplexity"
+                ),
             )
         for sink in self.sinks:
             try:

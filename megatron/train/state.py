@@ -17,11 +17,11 @@ class Progress:
     consumed_samples: int = 0
     consumed_tokens: int = 0
 
-    def advance(self, samples: int, sequence_length: int) -> None:
-        """One more step, of this many sequences."""
+    def advance(self, samples: int, tokens: int) -> None:
+        """One more step, of this many sequences with so many input tokens in all."""
         self.step += 1
         self.consumed_samples += samples
-        self.consumed_tokens += samples * sequence_length
+        self.consumed_tokens += tokens
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)

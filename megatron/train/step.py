@@ -29,8 +29,9 @@ from megatron.parallel.weights import GatheredWeights, ShardedWeights
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Figures of one step, still on the device: mean loss, gradient norm before clipping, loss-carrying tokens, and
-    whether the update was skipped (1) because the norm was not finite."""
+    """Figures of one step, still on the device: mean loss, gradient norm before clipping, loss-carrying tokens (the sum
+    of their weights, where they do not count alike), and whether the update was skipped (1) because the norm was not
+    finite."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
@@ -86,7 +87,7 @@ class TrainingStep:
         totals = run_micro_batches(self.model, micro_batches, actions, self.gradients.later)
         self.gradients.finish()
         loss_sum, tokens = all_reduce(totals, self.context.loss)
-        tokens = tokens.clamp(min=1.0)
+        tokens = torch.where(tokens > 0, tokens, 1.0)
         norm = self.norm.compute()
         not_finite = torch.isfinite(norm).logical_not().to(torch.float32)
         rate = learning_rate(self.config, step, self.decay_steps)

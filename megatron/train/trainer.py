@@ -51,7 +51,7 @@ class Trainer:
         if self.progress.step >= self.steps:
             _logger.info("nothing to do: step %d is done and train.steps=%d", self.progress.step, self.steps)
             return
-        batch = self.world.agree(self.loader.next_batch)
+        batch, tokens = self.world.agree(self.loader.next_batch), self.loader.step_tokens
         ballot = _GO_ON
         while self.progress.step < self.steps and ballot == _GO_ON:
             outcome = self._train_on(batch)
@@ -59,9 +59,9 @@ class Trainer:
             upcoming, failure = self._fetch_next()
             vote = self.world.vote(_FAILED if failure else _STOP if self.wish.wanted() else _GO_ON)
             samples = self.ramp.batch_at(self.progress.consumed_samples)
-            self.progress.advance(samples, batch[0].tokens.shape[1])
+            self.progress.advance(samples, tokens)
             self._run_hooks(outcome)
-            ballot, batch = vote.result(), upcoming
+            ballot, batch, tokens = vote.result(), upcoming, self.loader.step_tokens
         self.save()
         if ballot == _FAILED:
             self.world.raise_together(failure)

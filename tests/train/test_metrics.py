@@ -21,7 +21,7 @@ def outcome(loss: float = 2.0, skipped: float = 0.0) -> StepOutcome:
 
 def advance(metrics: Metrics, progress: Progress, losses: list[float], skipped: float = 0.0) -> None:
     for loss in losses:
-        progress.advance(4, 16)
+        progress.advance(4, 64)
         metrics.record(outcome(loss, skipped))
 
 

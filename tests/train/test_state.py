@@ -13,7 +13,7 @@ from megatron.utils.errors import CheckpointError
 def test_round_trip() -> None:
     progress = Progress()
     for _ in range(3):
-        progress.advance(8, 128)
+        progress.advance(8, 1024)
     assert progress == Progress(step=3, consumed_samples=24, consumed_tokens=3072)
     assert Progress.from_dict({**progress.to_dict(), "more": "words"}, "somewhere") == progress
 

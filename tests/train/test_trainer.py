@@ -30,6 +30,7 @@ class Diary:
         self.lines: list[str] = []
         self.progress = Progress(start, start * 4, start * 48)
         self.batches = 0
+        self.step_tokens = 48
         self.broken_batch = broken_batch
         self.before_step: Callable[[int], None] = lambda step: None
         self.wish = StopWish(None)
@@ -147,7 +148,7 @@ def run_hooks(
     save = Save(lambda: saved.append(progress.step), metrics, save_interval)
     one = torch.ones(())
     for step in range(1, steps + 1):
-        progress.advance(4, 12)
+        progress.advance(4, 48)
         for hook in (report, save):
             hook.after_step(progress, StepOutcome(one, one, one, 0 * one, 0.0), last=step == steps)
     return sheet.figures, saved, evaluated

@@ -1,0 +1,110 @@
+"""The datasets of a run, by `data.kind`: training samples in their order, validation sets, what these depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.config.batches import largest_batch
+from megatron.config.data import SYNTHETIC
+from megatron.config.run import RunConfig
+from megatron.data.build import (
+    build_train_dataset,
+    build_validation_datasets,
+    open_training_sources,
+    validation_blend,
+)
+from megatron.data.dataset import Dataset
+from megatron.data.instruction.build import (
+    build_instruction_training,
+    build_instruction_validation,
+    open_instruction_sources,
+)
+from megatron.data.instruction.pair import text_prefix
+from megatron.data.instruction.template import END, START
+from megatron.data.loader import MicroBatchDataset
+from megatron.data.provenance import read_provenance
+from megatron.evaluate.metrics import METRICS, Markers
+from megatron.tokenizer import load_tokenizer
+from megatron.utils.errors import ConfigError
+
+
+def training_dataset(
+    config: RunConfig, *, sequence_length: int, samples: int, vocab_size: int, length_unit: int
+) -> Dataset | MicroBatchDataset:
+    """The samples of `data.train`, at least `samples`; where their lengths differ, multiples of `length_unit`."""
+    if config.data.kind == "instruction":
+        return build_instruction_training(
+            config.data, sequence_length=sequence_length, vocab_size=vocab_size, length_unit=length_unit
+        )
+    return build_train_dataset(config.data, sequence_length=sequence_length, samples=samples, vocab_size=vocab_size)
+
+
+def validation_sets(
+    config: RunConfig, *, sequence_length: int, vocab_size: int, length_unit: int
+) -> Mapping[str, Dataset | MicroBatchDataset]:
+    """The fixed set of each validation source, by a name of it; empty where there are none."""
+    samples = config.evaluate.batches * largest_batch(config.train.global_batch)
+    if config.data.kind == "instruction":
+        return dict(
+            build_instruction_validation(
+                config.data,
+                sequence_length=sequence_length,
+                samples=samples,
+                vocab_size=vocab_size,
+                length_unit=length_unit,
+            )
+        )
+    return dict(
+        build_validation_datasets(config.data, sequence_length=sequence_length, samples=samples, vocab_size=vocab_size)
+    )
+
+
+def describe_order(config: RunConfig, *, sequence_length: int, samples: int) -> dict[str, Any]:
+    """What the order of the samples depends on: the position in it means the same only where all this is the same.
+
+    Sources are known by their sizes, not by their paths, so that data may move.
+    """
+    data = config.data
+    order: dict[str, Any] = {
+        "data.order": data.order,
+        "data.seed": data.seed,
+        "data.sequence_length": sequence_length,
+    }
+    if data.kind == "instruction":
+        order |= {f"data.{name}": getattr(data, name) for name in ("kind", "packing", "split", "split_rounding")}
+        order["data.train"] = None if data.train is None else open_instruction_sources(data).describe()
+        return order
+    if data.order == "megatron" and data.train != SYNTHETIC:
+        order["data.samples"] = samples
+    if data.train == SYNTHETIC or data.train is None:
+        order["data.train"] = data.train
+    else:
+        order["data.train"] = open_training_sources(data).describe()
+    return order
+
+
+def find_markers(config: RunConfig, tokenizer: Path | None) -> Markers | None:
+    """The tokens around messages, for the metrics that leave them out; None where none of these is asked for.
+
+    Raises ConfigError where the tokenizer, with the tokens that were added to it for the data, does not have them.
+    """
+    asked = [name for name in config.evaluate.metrics if METRICS[name].needs_markers]
+    if not asked:
+        return None
+    which = f"evaluate.metrics has {asked[0]}, which leaves out the tokens {START} and {END} and what is behind them"
+    if tokenizer is None:
+        raise ConfigError(f"{which}; but no tokenizer is known: name it in tokenizer.path, or leave {asked[0]} out")
+    added: list[str] = []
+    for _, prefix in validation_blend(config.data):
+        provenance = read_provenance(text_prefix(prefix) if config.data.kind == "instruction" else prefix)
+        added = added if provenance is None else provenance.added_tokens
+    known = load_tokenizer(tokenizer, added)
+    start, end = known.token_id(START), known.token_id(END)
+    if start is None or end is None:
+        raise ConfigError(
+            f"{which}; but {tokenizer} does not have them, nor were they added for the validation data: leave "
+            f"{', '.join(asked)} out, or use data written with Megatron-LLM's template"
+        )
+    return Markers(start, end)

@@ -28,7 +28,19 @@ from megatron.utils.environment import read_launch
 from megatron.utils.errors import ConfigError, MegatronError
 from megatron.utils.logging import configure_logging
 
-VERBS = ("preprocess", "merge", "convert", "train", "evaluate", "inspect", "plan", "verify", "schedule", "doctor")
+VERBS = (
+    "preprocess",
+    "merge",
+    "dataset",
+    "convert",
+    "train",
+    "evaluate",
+    "inspect",
+    "plan",
+    "verify",
+    "schedule",
+    "doctor",
+)
 
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -48,12 +48,16 @@ def _token_prefix(path: str) -> str | None:
 
 
 def _inspect_tokens(prefix: str, arguments: argparse.Namespace) -> None:
-    from megatron.data.describe import describe_indexed, table_of_pair
+    from megatron.data.describe import describe_indexed, table_of_pair, verify_pair
 
-    if arguments.verify or arguments.tensors:
-        raise ConfigError("--verify and --tensors are for models; token files have neither checksums nor tensors.")
+    if arguments.tensors:
+        raise ConfigError("--tensors is for models; token files have no tensors.")
+    verified = verify_pair(prefix) if arguments.verify else None
     description = describe_indexed(prefix)
-    _print_json(description) if arguments.json else _print_table(table_of_pair(description))
+    if arguments.json:
+        _print_json({**description, "verified": verified} if verified else description)
+    else:
+        _print_table(table_of_pair(description) + ([("verified", verified)] if verified else []))
 
 
 def _inspect_model(source: Source, arguments: argparse.Namespace) -> None:

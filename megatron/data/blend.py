@@ -8,6 +8,7 @@ with the largest w·max(i, 1) − (samples it has given so far), the first of eq
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -85,6 +86,7 @@ class MegatronChoices:
         self.members = len(self._weights)
         self._before: list[list[int]] = [[0] * self.members]  # of each block: what each member gave before it
         self._tables: dict[int, _Table] = {}
+        self._lock = threading.Lock()  # the loader's thread asks, and who keeps the ledger
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(member, which of its samples) of each position."""
@@ -105,12 +107,12 @@ class MegatronChoices:
         return [int(count) for count in counts]
 
     def _table(self, block: int) -> _Table:
-        if block not in self._tables:
-            while len(self._before) <= block + 1:
+        with self._lock:
+            while len(self._before) <= block:
                 self._work_out(len(self._before) - 1)
             if block not in self._tables:
                 self._work_out(block)
-        return self._tables[block]
+            return self._tables[block]
 
     def _work_out(self, block: int) -> None:
         counts = list(self._before[block])

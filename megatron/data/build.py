@@ -179,6 +179,7 @@ def source_names(prefixes: Sequence[str]) -> list[str]:
     """A short name for each prefix: its last parts, as many as tell them apart."""
     parts = [Path(prefix).parts for prefix in prefixes]
     longest = max((len(part) for part in parts), default=1)
+    names = list(prefixes)
     for count in range(1, longest + 1):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):

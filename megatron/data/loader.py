@@ -56,6 +56,10 @@ class MicroBatchDataset(Protocol):
         """The rows [b], of which those past the end carry no loss."""
         ...
 
+    def source(self, index: int) -> str:
+        """Where a row comes from, in words for an error message."""
+        ...
+
 
 def indices_of_rank(position: int, global_batch: int, micro_batch: int, rank: int, size: int) -> NDArray[np.int64]:
     """Which samples data rank `rank` of `size` reads in the step that begins at `position`: [micro-batches, b].
@@ -141,6 +145,11 @@ class BatchLoader:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, args=(position,), name="batch loader", daemon=True)
         self._thread.start()
+
+    @property
+    def dataset(self) -> Dataset | MicroBatchDataset:
+        """What is read."""
+        return self._dataset
 
     @property
     def position(self) -> int:

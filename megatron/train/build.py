@@ -31,7 +31,13 @@ from megatron.parallel.pipeline.partition import Part, cut, describe_partition
 from megatron.parallel.world import World
 from megatron.tokenizer import find_tokenizer, load_tokenizer
 from megatron.train.checkpoints import Checkpoints, check_resume, start_from
-from megatron.train.datasets import describe_order, find_markers, training_dataset, validation_sets
+from megatron.train.datasets import (
+    describe_order,
+    figures_of_sources,
+    find_markers,
+    training_dataset,
+    validation_sets,
+)
 from megatron.train.hooks import CollectGarbage, Hook, Report, Save
 from megatron.train.kernels import choose_kernels, install
 from megatron.train.metrics import Metrics, Speed
@@ -157,6 +163,7 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
             interval=config.log.interval,
             evaluate=world.agree(lambda: _validation(config, plan, origin, step.model, world)),
             evaluate_interval=config.evaluate.interval,
+            read_so_far=figures_of_sources(loader.dataset),
         )
         stop_file = Path(config.log.dir) / STOP_FILE if config.log.dir and world.launch.rank == 0 else None
         wish = stack.enter_context(StopWish(stop_file))

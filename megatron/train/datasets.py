@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron.data.build import (
     build_train_dataset,
     build_validation_datasets,
     open_training_sources,
+    source_names,
     validation_blend,
 )
 from megatron.data.dataset import Dataset
@@ -23,6 +24,7 @@ from megatron.data.instruction.build import (
 )
 from megatron.data.instruction.pair import text_prefix
 from megatron.data.instruction.template import END, START
+from megatron.data.ledger import ledger
 from megatron.data.loader import MicroBatchDataset
 from megatron.data.provenance import read_provenance
 from megatron.evaluate.metrics import METRICS, Markers
@@ -83,6 +85,22 @@ def describe_order(config: RunConfig, *, sequence_length: int, samples: int) -> 
     else:
         order["data.train"] = open_training_sources(data).describe()
     return order
+
+
+def figures_of_sources(dataset: Dataset | MicroBatchDataset) -> Callable[[int], dict[str, float | int]]:
+    """A function from a position to the figures of each source: the tokens of it that were predicted, and the epochs
+    that is."""
+    if isinstance(dataset, MicroBatchDataset):
+        return lambda position: {}
+    names = source_names([account.prefix for account in ledger(dataset, 0)])
+
+    def figures(position: int) -> dict[str, float | int]:
+        found: dict[str, float | int] = {}
+        for name, account in zip(names, ledger(dataset, position), strict=True):
+            found[f"tokens/{name}"], found[f"epochs/{name}"] = account.tokens, account.epochs
+        return found
+
+    return figures
 
 
 def find_markers(config: RunConfig, tokenizer: Path | None) -> Markers | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, Self
 
 from megatron.evaluate.perplexity import Evaluation
@@ -26,7 +26,8 @@ class Hook(Protocol):
 
 
 class Report:
-    """Figures to the sinks and a line for people; with them the validation loss, where it is due.
+    """Figures to the sinks and a line for people; with them the validation loss, where it is due, and what
+    `read_so_far` tells of a position in the data.
 
     All ranks hold the figures; those with sinks write them. Where they tell that no update has been made for long, the
     run ends with a TrainingError, before anything is saved over what was trained.
@@ -41,22 +42,25 @@ class Report:
         interval: int,
         evaluate: Callable[[], Evaluation] | None,
         evaluate_interval: int | None,
+        read_so_far: Callable[[int], Mapping[str, float | int]] = lambda position: {},
     ) -> None:
         self.metrics, self.sinks, self.steps, self.interval = metrics, sinks, steps, interval
         self.evaluate, self.evaluate_interval = evaluate, evaluate_interval
+        self.read_so_far = read_so_far
 
     def after_step(self, progress: Progress, outcome: StepOutcome, last: bool) -> None:
         self.metrics.record(outcome)
         validate = self.evaluate_interval is not None and (last or progress.step % self.evaluate_interval == 0)
         if not (validate or last or progress.step % self.interval == 0):
             return
-        figures = self.metrics.figures(progress)
+        figures = {**self.metrics.figures(progress), **self.read_so_far(progress.consumed_samples)}
         _logger.info(progress_line(progress.step, self.steps, figures))
         if validate and self.evaluate is not None:
             with self.metrics.paused():
                 evaluation = self.evaluate()
             figures["validation_loss"] = evaluation.loss
             figures["validation_perplexity"] = evaluation.perplexity
+            figures |= {f"validation_loss/{name}": part.loss for name, part in evaluation.parts.items()}
             figures |= {f"validation_{name}": value for name, value in evaluation.metrics.items()}
             _logger.info(
                 "step %d  validation loss %.4f  perplexity %.3f%s",
@@ -69,6 +73,8 @@ class Report:
                     if name != "perplexity"
                 ),
             )
+            for name, part in evaluation.parts.items():
+                _logger.info("step %d  %s: loss %.4f  perplexity %.3f", progress.step, name, part.loss, part.perplexity)
         for sink in self.sinks:
             try:
                 sink.write(progress.step, figures)

@@ -87,8 +87,11 @@ class Program:
     _idle: list[subprocess.Popen[str]] = field(default_factory=list)
     _folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
-    def start(self, words: Sequence[Any], ranks: int = 1, timeout_s: float = 120.0) -> Run:
-        """Start `megatron` with these words, as torchrun would on `ranks` processes (as no launcher would on one)."""
+    def start(self, words: Sequence[Any], ranks: int = 1, timeout_s: float = 120.0, record: Path | None = None) -> Run:
+        """Start `megatron` with these words, as torchrun would on `ranks` processes (as no launcher would on one).
+
+        What the steps of rank r are given is written down in the file `record`-r.
+        """
         self._idle = [process for process in self._idle if process.poll() is None]
         while len(self._idle) < ranks:
             self._idle.append(_start_worker())
@@ -101,15 +104,16 @@ class Program:
                 "words": [str(word) for word in words],
                 "errors": str(folder / f"errors-{rank}"),
                 "output": str(folder / f"output-{rank}"),
+                "record": None if record is None else f"{record}-{rank}",
             }
             assert process.stdin is not None
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
         return Run(self, processes, folder, time.monotonic() + timeout_s)
 
-    def run(self, words: Sequence[Any], ranks: int = 1, expect: int = 0) -> Result:
+    def run(self, words: Sequence[Any], ranks: int = 1, expect: int = 0, record: Path | None = None) -> Result:
         """Run `megatron` to its end; every rank must end with the code `expect`."""
-        result = self.start(words, ranks).wait()
+        result = self.start(words, ranks, record=record).wait()
         assert result.codes == [expect] * ranks, result.errors
         return result
 

@@ -8,7 +8,8 @@ Megatron has it, and datatrove where it is installed (without what it needs for 
     pip install --no-deps datatrove dill humanize loguru multiprocess
 
 They take turns, round after round. Rates are of the text in UTF-8. A command's time counts from its start to its end;
-"steady" is its rate without what it takes to start and end, from a second run on a tenth of the text. Memory is the
+"steady" is its rate without what it takes to start and end, from a second run on a tenth of the text. "MB/cpu-s" is the
+text per second of a processor's time, which what else the machine does hardly touches. Memory is the
 largest sum of resident memory over a contestant's processes: what they share is counted for each.
 
 The text is MedQuAD's answers, film reviews, guidelines and articles from ../shared/data, or the texts of --input, over
@@ -21,6 +22,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -52,6 +54,7 @@ class Lane:
     name: str
     seconds: list[float] = field(default_factory=list)
     small_seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
     peak_bytes: int = 0
     failure: str | None = None
@@ -169,11 +172,13 @@ def turn(lane: Lane, corpus: str, job: dict[str, Any], folder: Path) -> None:
     environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     begin = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
         while process.poll() is None:
             lane.peak_bytes = max(lane.peak_bytes, resident_bytes_of_tree(process.pid))
             time.sleep(0.02)
-        seconds = time.perf_counter() - begin
+        seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         output.seek(0)
         errors.seek(0)
         said, complaints = output.read(), errors.read()
@@ -186,7 +191,9 @@ def turn(lane: Lane, corpus: str, job: dict[str, Any], folder: Path) -> None:
     else:
         outcome = json.loads(said.strip().splitlines()[-1])
         lane.tokens = max(lane.tokens, outcome["tokens"])
-        seconds = outcome["seconds"]
+        seconds, processor_seconds = outcome["seconds"], outcome["processor_seconds"]
+    if corpus == "whole":
+        lane.processor_seconds.append(processor_seconds)
     (lane.seconds if corpus == "whole" else lane.small_seconds).append(seconds)
 
 
@@ -206,23 +213,32 @@ def resident_bytes_of_tree(pid: int) -> int:
 
 def table(lanes: list[Lane], text_bytes: dict[str, int]) -> list[str]:
     """A line for each contestant, then what this project's command reaches of the raw rates and of its peers'."""
-    head = f"{'':24}{'MB/s best':>10}{'median':>8}{'steady':>8}{'M tokens/s':>12}{'tokens':>14}{'peak MB':>9}"
-    lines = [head]
+    columns = ("MB/s best", "median", "steady", "MB/cpu-s", "M tokens/s", "tokens", "peak MB")
+    lines = [f"{'':22}" + "".join(f"{column:>12}" for column in columns)]
     whole, small = text_bytes["whole.jsonl"], text_bytes["small.jsonl"]
     for lane in lanes:
         if not lane.seconds:
-            lines.append(f"{lane.name:24}{lane.failure}")
+            lines.append(f"{lane.name:22}  {lane.failure}")
             continue
         best = min(lane.seconds)
-        lines.append(
-            f"{lane.name:24}{whole / best / 1e6:10.1f}{whole / statistics.median(lane.seconds) / 1e6:8.1f}"
-            f"{_steady(lane, whole, small):>8}{lane.tokens / best / 1e6:12.2f}{lane.tokens:14,}"
-            f"{lane.peak_bytes / 1e6:9.0f}"
-        )
+        cells = [
+            f"{whole / best / 1e6:.1f}",
+            f"{whole / statistics.median(lane.seconds) / 1e6:.1f}",
+            _steady(lane, whole, small),
+            f"{whole / min(lane.processor_seconds) / 1e6:.1f}",
+            f"{lane.tokens / best / 1e6:.2f}",
+            f"{lane.tokens:,}",
+            f"{lane.peak_bytes / 1e6:.0f}",
+        ]
+        lines.append(f"{lane.name:22}" + "".join(f"{cell:>12}" for cell in cells))
     ours = next((lane for lane in lanes if lane.name == _OURS and lane.seconds), None)
     if ours is not None:
         others = [lane for lane in lanes if lane is not ours and lane.seconds and lane.name != "encode_batch"]
-        lines += [f"{_OURS} / {lane.name}: {min(lane.seconds) / min(ours.seconds):.2f}" for lane in others]
+        for lane in others:
+            wall, processor = (
+                min(getattr(lane, clock)) / min(getattr(ours, clock)) for clock in ("seconds", "processor_seconds")
+            )
+            lines.append(f"{_OURS} / {lane.name}: {wall:.2f} of the rate, {processor:.2f} per processor second")
     return lines
 
 

@@ -1,13 +1,14 @@
 """One contestant of benchmarks/preprocess.py in a process of its own: read a corpus, encode it, say how long it took.
 
-`python -m harness.encoders NAME JOB.json` prints a line of JSON: seconds, tokens. The raw contestants encode texts that
-are in memory already, and their clock runs for that alone; those that read and write run whole.
+`python -m harness.encoders NAME JOB.json` prints a line of JSON: seconds, processor seconds, tokens. Raw contestants
+encode texts that are in memory already, and their clock runs for that alone; those that read and write run whole.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -26,9 +27,9 @@ def sentencepiece(job: Job) -> Outcome:
 
     processor = library.SentencePieceProcessor(model_file=job["tokenizer"])
     texts = _texts(job)
-    begin = time.perf_counter()
+    clock = Clock()
     ids = processor.encode(texts, num_threads=job["cores"])
-    return _outcome(begin, sum(map(len, ids)))
+    return clock.outcome(sum(map(len, ids)))
 
 
 def tokenizers(job: Job) -> Outcome:
@@ -38,9 +39,9 @@ def tokenizers(job: Job) -> Outcome:
     tokenizer = library.Tokenizer.from_str(job["form"])
     tokenizer.encode_special_tokens = True
     texts = _texts(job)
-    begin = time.perf_counter()
+    clock = Clock()
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return _outcome(begin, sum(len(encoding.ids) for encoding in encodings))
+    return clock.outcome(sum(len(encoding.ids) for encoding in encodings))
 
 
 def gigatoken(job: Job) -> Outcome:
@@ -50,9 +51,9 @@ def gigatoken(job: Job) -> Outcome:
 
     tokenizer = library.load_hf_json(job["form"])
     texts = _texts(job)
-    begin = time.perf_counter()
+    clock = Clock()
     ids = tokenizer.encode_batch(texts, parallel=job["cores"] > 1)
-    return _outcome(begin, len(ids.layout.content.data))
+    return clock.outcome(len(ids.layout.content.data))
 
 
 def encode_batch(job: Job) -> Outcome:
@@ -62,14 +63,14 @@ def encode_batch(job: Job) -> Outcome:
     tokenizer = load_tokenizer(job["tokenizer"])
     assert tokenizer.engine
     texts = _texts(job)
-    begin = time.perf_counter()
+    clock = Clock()
     tokens, _ = tokenizer.encode_batch(texts, np.uint16)
-    return _outcome(begin, tokens.size)
+    return clock.outcome(tokens.size)
 
 
 def pool(job: Job) -> Outcome:
     """Megatron's way: a pool of processes, each given lines, that answers with lists; the parent writes."""
-    begin = time.perf_counter()
+    clock = Clock()
     count = 0
     with (
         multiprocessing.Pool(job["cores"], initializer=_open_in_pool, initargs=(job["tokenizer"],)) as workers,
@@ -79,7 +80,9 @@ def pool(job: Job) -> Outcome:
         for ids in workers.imap(_encode_in_pool, lines, 32):
             output.write(np.array(ids, np.uint16).tobytes())
             count += len(ids)
-    return _outcome(begin, count)
+        workers.close()
+        workers.join()
+    return clock.outcome(count)
 
 
 _IN_POOL: dict[str, Any] = {}
@@ -106,7 +109,7 @@ def datatrove(job: Job) -> Outcome:
     parts, form = folder / "parts", folder / "form.json"
     _split(Path(job["corpus"]), parts, job["cores"])
     form.write_text(job["form"], encoding="utf-8")
-    begin = time.perf_counter()
+    clock = Clock()
     stages = [
         JsonlReader(str(parts)),
         DocumentTokenizer(
@@ -115,7 +118,7 @@ def datatrove(job: Job) -> Outcome:
     ]
     LocalPipelineExecutor(stages, tasks=job["cores"], workers=job["cores"], skip_completed=False).run()
     written = sum(path.stat().st_size for path in (folder / "datatrove").glob("*.ds"))
-    return _outcome(begin, written // 2)
+    return clock.outcome(written // 2)
 
 
 def _split(corpus: Path, folder: Path, parts: int) -> None:
@@ -131,8 +134,20 @@ def _texts(job: Job) -> list[str]:
         return [json.loads(line)["text"] for line in lines]
 
 
-def _outcome(begin: float, tokens: int) -> Outcome:
-    return {"seconds": time.perf_counter() - begin, "tokens": tokens}
+class Clock:
+    """Time since it was made: on the wall, and of processors in this process and in those it has waited for."""
+
+    def __init__(self) -> None:
+        self._wall_s, self._processor_s = time.perf_counter(), _processor_s()
+
+    def outcome(self, tokens: int) -> Outcome:
+        wall_s, processor_s = time.perf_counter() - self._wall_s, _processor_s() - self._processor_s
+        return {"seconds": wall_s, "processor_seconds": processor_s, "tokens": tokens}
+
+
+def _processor_s() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 CONTESTANTS: dict[str, Callable[[Job], Outcome]] = {

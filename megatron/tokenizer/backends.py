@@ -45,20 +45,20 @@ class SentencePieceBackend:
         if not loaded:
             raise DataError(f"{path} is not a SentencePiece model: it holds no pieces")
         self._content = content
+        ids = list(range(self._processor.get_piece_size()))
+        self._pieces: dict[int, str] = dict(zip(ids, self._processor.id_to_piece(ids), strict=True))
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
         self.bos_id: int | None = bos if bos >= 0 else None
         self.eos_id: int | None = eos if eos >= 0 else None
 
     def pieces(self) -> dict[int, str]:
-        ids = list(range(self._processor.get_piece_size()))
-        return dict(zip(ids, self._processor.id_to_piece(ids), strict=True))
+        return dict(self._pieces)
 
     def literals(self) -> dict[str, int]:
         return {}  # SentencePiece finds its user-defined symbols itself
 
     def controls(self) -> dict[str, int]:
-        pieces = self.pieces()
-        return {pieces[identity]: identity for identity in pieces if self._processor.is_control(identity)}
+        return {piece: identity for identity, piece in self._pieces.items() if self._processor.is_control(identity)}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)

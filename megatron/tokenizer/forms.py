@@ -52,7 +52,7 @@ def sentencepiece_form(model: ModelFile) -> Form:
     the left in both: for them the pair with the longer left part ranks first.
     """
     _check_sentencepiece(model)
-    joined = {piece.text: piece.score for piece in model.pieces if piece.kind is PieceKind.NORMAL}
+    joined = {text: model.pieces[identity].score for text, identity in model.of_kind(PieceKind.NORMAL).items()}
     merges = [
         (score, cut, piece)
         for piece, score in joined.items()
@@ -90,10 +90,8 @@ def sentencepiece_form(model: ModelFile) -> Form:
 
 
 def _check_sentencepiece(model: ModelFile) -> None:
-    normal = [piece for piece in model.pieces if piece.kind is PieceKind.NORMAL]
-    texts = {piece.text for piece in normal}
-    symbols = model.of_kind(PieceKind.USER_DEFINED)
-    scores = Counter(piece.score for piece in normal if set(piece.text) != {SPACE_MARK})
+    texts, symbols = model.of_kind(PieceKind.NORMAL), model.of_kind(PieceKind.USER_DEFINED)
+    scores = Counter(model.pieces[identity].score for text, identity in texts.items() if text.strip(SPACE_MARK))
     reasons = {
         "it is not a BPE model": not model.is_bpe,
         "it has no byte pieces": not model.byte_fallback or len(model.of_kind(PieceKind.BYTE)) != 256,
@@ -101,7 +99,7 @@ def _check_sentencepiece(model: ModelFile) -> None:
         "it marks spaces in another way": model.space_as_suffix or not model.marks_spaces,
         "it has unused pieces": bool(model.of_kind(PieceKind.UNUSED)),
         "it has pieces of equal score": any(count > 1 for count in scores.values()),
-        "it has pieces with characters that are no pieces": any(set(text) - texts for text in texts),
+        "it has pieces with characters that are no pieces": not set("".join(texts)) <= texts.keys(),
         "it defines symbols with spaces": any({" ", SPACE_MARK} & set(symbol) for symbol in symbols),
         "it has pieces twice": len({piece.text for piece in model.pieces}) < len(model.pieces),
     }

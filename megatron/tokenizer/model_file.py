@@ -10,6 +10,10 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
+from typing import NamedTuple
+
+_SCORE = struct.Struct("<f")
 
 
 class PieceKind(IntEnum):
@@ -23,8 +27,7 @@ class PieceKind(IntEnum):
     BYTE = 6
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A piece with its score; its id is its place in the model."""
 
     text: str
@@ -71,12 +74,24 @@ class ModelFile:
 
     def of_kind(self, kind: PieceKind) -> dict[str, int]:
         """The pieces of one kind with their ids."""
-        return {piece.text: identity for identity, piece in enumerate(self.pieces) if piece.kind is kind}
+        return self._by_kind[kind]
+
+    @cached_property
+    def _by_kind(self) -> dict[PieceKind, dict[str, int]]:
+        found: dict[PieceKind, dict[str, int]] = {kind: {} for kind in PieceKind}
+        for identity, (text, _, kind) in enumerate(self.pieces):
+            found[kind][text] = identity
+        return found
 
 
 def _piece(content: bytes) -> Piece:
+    # There are so many of these that the usual layout, a short text and a score alone, is read in one go.
+    if len(content) > 2 and content[0] == 0x0A and content[1] < 0x80:
+        text, rest = content[2 : 2 + content[1]], content[2 + content[1] :]
+        if len(rest) == 5 and rest[0] == 0x15:
+            return Piece(text.decode("utf-8"), _SCORE.unpack_from(rest, 1)[0], PieceKind.NORMAL)
     fields = dict(_fields(content))
-    score: float = struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))[0]
+    score: float = _SCORE.unpack(_as_bytes(fields.get(2, bytes(4))))[0]
     return Piece(_as_bytes(fields.get(1, b"")).decode("utf-8"), score, PieceKind(int(fields.get(3, 1))))
 
 

@@ -64,8 +64,8 @@ def test_a_generated_string_has_the_librarys_ids_with_real_vocabularies(shared: 
 
 @pytest.mark.parametrize("kind", REAL)
 def test_real_text_has_the_librarys_ids(shared: Path, kind: str) -> None:
-    texts = real_texts(shared / "data", every=40)
-    assert len(texts) > 300
+    texts = real_texts(shared / "data", every=40 if kind == next(iter(REAL)) else 200)
+    assert len(texts) > 50
     assert differences(load_tokenizer(shared / REAL[kind]), texts) == []
 
 

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from megatron.data.instruction.encode import ChatEncoding
 
 HELP = "tokenize JSON lines or parquet into .bin/.idx pairs"
 
@@ -25,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "order; - is standard input",
     )  # fmt: skip
     parser.add_argument(
-        "--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin, .idx and .json per JSON key"
-    )
+        "--output-prefix", required=True, metavar="P",
+        help="writes P_KEY_document.bin, .idx and .json per JSON key; with --chat P-text and P-role",
+    )  # fmt: skip
     parser.add_argument(
         "--tokenizer", required=True, type=Path, metavar="T", help="tokenizer.model, tokenizer.json, or their folder"
     )
@@ -48,18 +52,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--special-tokens", choices=["text", "ids"], default="text",
-        help="what a control token such as </s> that is written out in a text becomes: text (default), or its id",
+        help="what a control token such as </s> that is written out in a text becomes: text (default; with --chat the "
+        "line is bad), or its id",
     )  # fmt: skip
     parser.add_argument(
         "--max-bad-lines", default=None, metavar="N|P%",
         help="stop if more lines than this give no text (default: 0.1%%); they go to P.quarantine.jsonl",
     )  # fmt: skip
+    _add_chat_arguments(parser)
     parser.add_argument(
         "--shard", metavar="I/N", help="do only part I (from 0) of N, for `megatron merge` to put together"
     )
     parser.add_argument(
         "--restart", action="store_true", help="begin again, where an interrupted run would be continued"
     )
+
+
+def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat", action="store_true",
+        help="lines are conversations: lists of messages (role, content), for training on their answers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chat-template", metavar="FILE|megatron-llm",
+        help="a Jinja template, or Megatron-LLM's (default: the one beside the tokenizer)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--messages-key", default="messages", metavar="K", help="the key of the messages (default: messages)"
+    )
+    parser.add_argument("--question-key", metavar="K", help="instead of messages, the key of a question")
+    parser.add_argument("--answer-key", metavar="K", help="the key of its answer")
+    parser.add_argument("--system-key", metavar="K", help="the key of a text of the system's, if any")
+
+
+def _chat(arguments: argparse.Namespace) -> ChatEncoding | None:
+    """What `--chat` and its options mean. Raises ConfigError for options that do not go together."""
+    from megatron.data.instruction.conversation import Keys
+    from megatron.data.instruction.encode import ChatEncoding
+    from megatron.utils.errors import ConfigError
+
+    question, answer, system = arguments.question_key, arguments.answer_key, arguments.system_key
+    if not arguments.chat:
+        given = {"chat-template": arguments.chat_template, "question-key": question, "answer-key": answer,
+                 "system-key": system}  # fmt: skip
+        if any(given.values()):
+            raise ConfigError(f"--{next(name for name in given if given[name])} is for conversations: add --chat")
+        return None
+    if arguments.json_keys != ["text"]:
+        raise ConfigError("--json-keys with --chat: use --messages-key, or --question-key and --answer-key")
+    if (question is None) != (answer is None) or (system is not None and question is None):
+        raise ConfigError("--question-key and --answer-key go together (and --system-key with them): give both")
+    keys = Keys(arguments.messages_key) if question is None else Keys(None, question, answer, system)
+    return ChatEncoding(keys, arguments.chat_template, arguments.special_tokens)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         extra_tokens=tuple(read_extra_tokens(arguments.extra_tokens)) if arguments.extra_tokens else (),
         prepend_bos=arguments.prepend_bos,
         special_tokens=arguments.special_tokens,
+        chat=_chat(arguments),
         max_bad_lines=DEFAULT_BUDGET if arguments.max_bad_lines is None else parse_budget(arguments.max_bad_lines),
         shard=None if arguments.shard is None else parse_shard(arguments.shard),
         restart=arguments.restart,

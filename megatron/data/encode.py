@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.indexed import dtype_for_vocabulary
+from megatron.data.instruction.encode import ChatEncoding, encode_conversations
+from megatron.data.instruction.pair import ROLE_DTYPE
 from megatron.data.jsonl import BadLine, Chunk, parse_chunk
 from megatron.tokenizer import SpecialTokens, Tokenizer
 
@@ -19,6 +21,7 @@ class Encoding:
     """How lines become tokens; unless None, `bos_id` precedes each document and `eod_id` is appended to it.
 
     `special_tokens` says what a control token such as `</s>` that is written out in a text becomes: text, or its id.
+    With `chat`, lines are conversations, and there are two columns: their tokens and the roles of these.
     """
 
     tokenizer: Path
@@ -27,11 +30,18 @@ class Encoding:
     eod_id: int | None
     bos_id: int | None = None
     special_tokens: SpecialTokens = "text"
+    chat: ChatEncoding | None = None
+
+    def dtypes(self, vocab_size: int) -> tuple[np.dtype, ...]:
+        """Of each column that is written, the dtype, given the tokenizer's number of tokens."""
+        tokens = dtype_for_vocabulary(vocab_size)
+        return (tokens,) * len(self.json_keys) if self.chat is None else (tokens, ROLE_DTYPE)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk's documents: per JSON key, their tokens back to back and their sizes i64[documents], none of them empty.
+    """A chunk's documents: per JSON key (or column of conversations), their tokens back to back and their sizes
+    i64[documents], none of them empty.
 
     `num_texts` counts the texts read per key, those without tokens included; `num_lines` all lines. `without_document`
     has, per key, the places (from 0) of the lines that gave no document: blank, bad, or of a text without tokens.
@@ -45,7 +55,9 @@ class Encoded:
 
 
 def encode_chunk(tokenizer: Tokenizer, encoding: Encoding, chunk: Chunk) -> Encoded:
-    """The tokens of a chunk, in the dtype for the vocabulary, and its bad lines."""
+    """The tokens of a chunk, in the dtypes for the vocabulary, and its bad lines."""
+    if encoding.chat is not None:
+        return _encode_conversations(tokenizer, encoding.chat, encoding.dtypes(tokenizer.vocab_size), chunk)
     parsed = parse_chunk(chunk, encoding.json_keys)
     places = np.array(parsed.places, dtype=np.int64)
     columns = [_encode_column(tokenizer, encoding, texts) for texts in parsed.texts]
@@ -55,6 +67,25 @@ def encode_chunk(tokenizer: Tokenizer, encoding: Encoding, chunk: Chunk) -> Enco
         documents=tuple((tokens, sizes[sizes > 0]) for tokens, sizes in columns),
         without_document=tuple(_others(places[sizes > 0], parsed.num_lines) for _, sizes in columns),
         bad=tuple(parsed.bad),
+    )
+
+
+def _encode_conversations(
+    tokenizer: Tokenizer, chat: ChatEncoding, dtypes: Sequence[np.dtype], chunk: Chunk
+) -> Encoded:
+    conversations, places, num_lines, bad = encode_conversations(tokenizer, chat, chunk)
+    sizes = np.array([len(tokens) for tokens, _ in conversations], dtype=np.int64)
+    columns = [
+        np.array([value for conversation in conversations for value in conversation[column]], dtype=dtype)
+        for column, dtype in enumerate(dtypes)
+    ]
+    others = _others(np.array(places, dtype=np.int64), num_lines)
+    return Encoded(
+        num_lines=num_lines,
+        num_texts=len(conversations),
+        documents=tuple((column, sizes) for column in columns),
+        without_document=(others,) * len(columns),
+        bad=tuple(bad),
     )
 
 

@@ -101,10 +101,14 @@ def take_lines(chunk: Chunk, take: Callable[[Line], T]) -> tuple[list[T], list[i
             taken.append(take(line))
             places.append(place)
         except RefusedLine as error:
-            raw = bytes(line[:_KEPT_RAW_BYTES]).rstrip(b"\n")
-            num_bytes = len(line) - line.endswith(b"\n")
-            bad.append(BadLine(place, str(error)[:_KEPT_REASON_CHARACTERS], raw, num_bytes))
+            bad.append(bad_line(place, error, line))
     return taken, places, num_lines, bad
+
+
+def bad_line(place: int, error: RefusedLine, line: Line) -> BadLine:
+    """What is kept of a line that was refused."""
+    raw = bytes(line[:_KEPT_RAW_BYTES]).rstrip(b"\n")
+    return BadLine(place, str(error)[:_KEPT_REASON_CHARACTERS], raw, len(line) - line.endswith(b"\n"))
 
 
 def columns_to_content(columns: Sequence[Sequence[bytes | None]]) -> bytes:
@@ -187,8 +191,7 @@ def _texts_slowly(line: bytes | bytearray, keys: Sequence[str]) -> tuple[str, ..
 def parse_object(line: Line) -> dict[str, Any]:
     """The JSON object in a line. Raises RefusedLine for anything else."""
     try:
-        # As floats, since a whole number of thousands of digits would be refused.
-        content = json.loads(line.decode("utf-8").removesuffix("\n"), parse_int=float)
+        content = json.loads(line.decode("utf-8").removesuffix("\n"), parse_int=_whole_number)
     except UnicodeDecodeError as error:
         raise _not_utf8(error) from error
     except ValueError as error:
@@ -198,6 +201,11 @@ def parse_object(line: Line) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RefusedLine(f"not a JSON object but {kind_of(content)}")
     return content
+
+
+def _whole_number(digits: str) -> int | float:
+    """As a float where there are thousands of digits, which would be refused."""
+    return int(digits) if len(digits) < 4000 else float(digits)
 
 
 def _not_utf8(error: UnicodeDecodeError) -> RefusedLine:

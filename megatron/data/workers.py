@@ -29,10 +29,12 @@ from typing import IO, Any
 import numpy as np
 
 from megatron.data.encode import Encoded, Encoding, encode_chunk
-from megatron.data.indexed import dtype_for_vocabulary
+from megatron.data.instruction.conversation import Keys
+from megatron.data.instruction.encode import ChatEncoding
 from megatron.data.jsonl import BadLine, Chunk
 from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.utils.errors import MegatronError, ResourceError
+from megatron.utils.logging import configure_logging
 
 _CHUNKS_PER_WORKER = 2  # one that is encoded, one that waits
 _AHEAD_PER_WORKER = 8  # chunks between the oldest that is not done and the newest that was sent
@@ -52,7 +54,7 @@ def encode_in_workers(
 
     Raises ResourceError if a worker dies or runs out of memory. Closing the iterator ends the workers.
     """
-    with _Pool(encoding, dtype_for_vocabulary(vocab_size), workers) as pool:
+    with _Pool(encoding, encoding.dtypes(vocab_size), workers) as pool:
         for chunk in chunks:
             while not pool.has_room_for(chunk):
                 yield from pool.receive()
@@ -64,15 +66,15 @@ def encode_in_workers(
 class _Pool:
     """The workers, and the answers that wait for an earlier one."""
 
-    def __init__(self, encoding: Encoding, dtype: np.dtype, workers: int) -> None:
-        self._dtype = dtype
+    def __init__(self, encoding: Encoding, dtypes: Sequence[np.dtype], workers: int) -> None:
+        self._dtypes = dtypes
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._answers: dict[int, Encoded] = {}
         self._sent = self._given = 0
         try:
-            for _ in range(workers):
-                worker = _Worker(encoding)
+            for number in range(workers):
+                worker = _Worker(encoding, number)
                 self._workers.append(worker)
                 self._selector.register(worker.answers, selectors.EVENT_READ, worker)
         except BaseException:
@@ -101,7 +103,7 @@ class _Pool:
         for key, _ in self._selector.select():
             worker: _Worker = key.data
             number, header, parts = worker.receive_answer()
-            self._answers[number] = _encoded(header, parts, self._dtype)
+            self._answers[number] = _encoded(header, parts, self._dtypes)
         while self._given in self._answers:
             encoded = self._answers.pop(self._given)
             self._given += 1
@@ -125,7 +127,7 @@ class _Pool:
 class _Worker:
     """The parent's end of a worker."""
 
-    def __init__(self, encoding: Encoding) -> None:
+    def __init__(self, encoding: Encoding, number: int) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, *sys.path],
             stdin=subprocess.PIPE,
@@ -139,7 +141,7 @@ class _Worker:
             with contextlib.suppress(OSError):  # only for speed, and a user may have no right to more
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._waiting: list[tuple[int, int]] = []  # (number, bytes) of the chunks it has, in its order
-        self._send(asdict(encoding) | {"tokenizer": str(encoding.tokenizer)}, [])
+        self._send(asdict(encoding) | {"tokenizer": str(encoding.tokenizer), "worker": number}, [])
 
     @property
     def load(self) -> int:
@@ -189,7 +191,7 @@ class _Worker:
         self.answers.close()
 
 
-def _encoded(header: dict[str, Any], parts: Sequence[bytes], dtype: np.dtype) -> Encoded:
+def _encoded(header: dict[str, Any], parts: Sequence[bytes], dtypes: Sequence[np.dtype]) -> Encoded:
     keys = (len(parts) - len(header["bad"])) // 3
     tokens, sizes, without = parts[:keys], parts[keys : 2 * keys], parts[2 * keys : 3 * keys]
     return Encoded(
@@ -197,7 +199,7 @@ def _encoded(header: dict[str, Any], parts: Sequence[bytes], dtype: np.dtype) ->
         num_texts=header["num_texts"],
         documents=tuple(
             (np.frombuffer(column, dtype), np.frombuffer(lengths, np.int64))
-            for column, lengths in zip(tokens, sizes, strict=True)
+            for column, lengths, dtype in zip(tokens, sizes, dtypes, strict=True)
         ),
         without_document=tuple(np.frombuffer(places, np.int64) for places in without),
         bad=tuple(
@@ -224,9 +226,12 @@ def _serve() -> None:
     first = _read_message(sys.stdin.buffer)
     if first is None:
         return
+    configure_logging(first[0].pop("worker"))  # the first tells by which engine texts are encoded
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in first[0].items()
     }
+    if fields["chat"] is not None:
+        fields["chat"] = ChatEncoding(**fields["chat"] | {"keys": Keys(**fields["chat"]["keys"])})
     encoding = Encoding(**fields | {"tokenizer": Path(first[0]["tokenizer"])})
     # A thread receives, so that the parent can send the next chunk while this one is encoded.
     received: queue.Queue[Chunk | None] = queue.Queue(maxsize=_CHUNKS_PER_WORKER)

@@ -35,12 +35,18 @@ class Keys:
     system: str | None = None
 
     @property
+    def read(self) -> tuple[str, ...]:
+        """The keys that are read."""
+        if self.messages is not None:
+            return (self.messages,)
+        return (self.question, self.answer) + ((self.system,) if self.system else ())
+
+    @property
     def rule(self) -> str:
         """What every line must be, in words."""
         if self.messages is not None:
             return f"every line must be a JSON object with a list of messages (role, content) under {self.messages!r}"
-        keys = [self.question, self.answer] + ([self.system] if self.system else [])
-        return f"every line must be a JSON object with a text under {', '.join(map(repr, keys))}"
+        return f"every line must be a JSON object with a text under {', '.join(map(repr, self.read))}"
 
 
 def read_conversation(line: Mapping[str, Any], keys: Keys) -> list[Message]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from megatron.data.instruction.chat_template import find_chat_template, read_cha
 from megatron.data.instruction.conversation import Keys, Message, read_conversation
 from megatron.data.instruction.pair import Role
 from megatron.data.instruction.template import MegatronTemplate, Template
-from megatron.data.jsonl import RefusedLine
+from megatron.data.jsonl import BadLine, Chunk, RefusedLine, bad_line, parse_chunk, parse_object, take_lines
 from megatron.tokenizer import SpecialTokens, Tokenizer
 
 MEGATRON_LLM = "megatron-llm"
+
+Conversation = tuple[list[int], list[int]]  # tokens and the role of each
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,34 @@ def open_template(tokenizer: Tokenizer, template: str | None) -> Template:
     return read_chat_template(Path(template), tokenizer.files[0])
 
 
+def encode_conversations(
+    tokenizer: Tokenizer, chat: ChatEncoding, chunk: Chunk
+) -> tuple[list[Conversation], list[int], int, list[BadLine]]:
+    """The conversations of a chunk, each as its tokens and their roles; the places of their lines; the number of all
+    lines; and the bad ones."""
+    template = _opened(tokenizer, chat.template)
+    if not chunk.columnar:
+        return take_lines(chunk, lambda line: encode_conversation(tokenizer, template, chat, parse_object(line)))
+    parsed = parse_chunk(chunk, chat.keys.read)
+    conversations, places, bad = list[Conversation](), list[int](), parsed.bad
+    for place, texts in zip(parsed.places, zip(*parsed.texts, strict=True), strict=True):
+        line = dict(zip(chat.keys.read, texts, strict=True))
+        try:
+            conversations.append(encode_conversation(tokenizer, template, chat, line))
+            places.append(place)
+        except RefusedLine as error:
+            bad.append(bad_line(place, error, "\n".join(texts).encode()))
+    return conversations, places, parsed.num_lines, sorted(bad, key=lambda line: line.place)
+
+
+@lru_cache(maxsize=1)
+def _opened(tokenizer: Tokenizer, template: str | None) -> Template:
+    return open_template(tokenizer, template)
+
+
 def encode_conversation(
     tokenizer: Tokenizer, template: Template, chat: ChatEncoding, line: Mapping[str, Any]
-) -> tuple[list[int], list[int]]:
+) -> Conversation:
     """The tokens of the conversation in a line and the role of each. Raises RefusedLine."""
     messages = read_conversation(line, chat.keys)
     if chat.special_tokens == "text":

@@ -31,14 +31,20 @@ class Lengths:
 class Outputs:
     """The outputs of a run with this prefix, begun or, if `lengths` are given, gone on with from there."""
 
-    def __init__(self, run_prefix: str, pair_prefixes: Sequence[str], dtype: np.dtype, lengths: Lengths | None) -> None:
+    def __init__(
+        self,
+        run_prefix: str,
+        pair_prefixes: Sequence[str],
+        dtypes: Sequence[np.dtype],
+        lengths: Lengths | None,
+    ) -> None:
         self._run_prefix = run_prefix
         pairs = [None] * len(pair_prefixes) if lengths is None else lengths.pairs
         entries = [0] * len(pair_prefixes) if lengths is None else lengths.gap_entries
         with ExitStack() as stack:
             self.writers: list[IndexedWriter] = []
             self.gaps: list[GapFile] = []
-            for prefix, written, kept in zip(pair_prefixes, pairs, entries, strict=True):
+            for prefix, dtype, written, kept in zip(pair_prefixes, dtypes, pairs, entries, strict=True):
                 self.writers.append(IndexedWriter(prefix, dtype, ending=_ENDING, written=written))
                 stack.callback(self.writers[-1].leave)
                 self.gaps.append(GapFile(prefix, kept))

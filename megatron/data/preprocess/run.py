@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.encode import Encoded, Encoding, encode_here
-from megatron.data.indexed import dtype_for_vocabulary
 from megatron.data.jsonl import Chunk
 from megatron.data.preprocess.inputs import STANDARD_INPUT, Source, find_sources, take_shard
 from megatron.data.preprocess.journal import (
@@ -85,7 +84,6 @@ class _Run:
         self._tokenizer, self._encoding = tokenizer, encoding
         self._eod_id = _eod_id(tokenizer, options)
         self._that_matter = options.that_matter(tokenizer.fingerprint, self._eod_id)
-        self._dtype = dtype_for_vocabulary(tokenizer.vocab_size)
         self._journal_path = Path(f"{options.run_prefix}.progress.json")
         self._resumable = not any(source.is_stream for source in sources)
         self._finished: list[dict[str, Any]] = []  # records of the sources before the one under way
@@ -129,10 +127,11 @@ class _Run:
     def _open(self, journal: Journal | None, begin: Snapshot | None) -> None:
         options = self._options
         lengths = None if begin is None else Lengths(begin.pairs, begin.gap_entries, begin.quarantine_bytes)
-        self._outputs = Outputs(options.run_prefix, options.pair_prefixes, self._dtype, lengths)
+        dtypes = self._encoding.dtypes(self._tokenizer.vocab_size)
+        self._outputs = Outputs(options.run_prefix, options.pair_prefixes, dtypes, lengths)
         if journal is None or begin is None:
             position = start_of(self._sources[0]) if self._sources else Position(0, 0, 0)
-            nothing = (0,) * len(options.json_keys)
+            nothing = (0,) * len(options.pair_prefixes)
             at_start = vars(self._outputs.lengths)
             begin = Snapshot(0, position, nothing, 0, 0, 0, 0, (), done_bytes=0, **at_start)
         else:
@@ -172,7 +171,7 @@ class _Run:
         for number, source in enumerate(self._sources[first:], start=first):
             before = position if number == first else start_of(source)
             done = partial(self._read.__setitem__, number)
-            for chunk, behind in read_chunks(source, self._options.json_keys, before, done):
+            for chunk, behind in read_chunks(source, self._options.read_keys, before, done):
                 self._under_way.append((number, before, behind, len(chunk.content)))
                 before = behind
                 yield chunk
@@ -261,17 +260,16 @@ class _Run:
             return None
         left_bytes = _length(left[0], self._latest.position.offset)
         left_bytes += sum(_length(source, source.begin) for source in left[1:])
-        shortest = len("{}\n") + sum(len(f'"{key}":"",'.encode()) for key in self._options.json_keys) - len(",")
+        shortest = len("{}\n") + sum(len(f'"{key}":"",'.encode()) for key in self._options.read_keys) - len(",")
         return self._latest.lines + left_bytes // shortest + 1
 
     def _too_many_bad_lines(self) -> TooManyBadLines:
         latest, path = self._latest, quarantine_path(self._options.run_prefix)
         more = "" if latest.all_bad_lines <= len(latest.first_bad) else "; …"
         return TooManyBadLines(
-            f"{'; '.join(latest.first_bad)}{more}; every line must be a JSON object with a text under "
-            f"{', '.join(map(repr, self._options.json_keys))}: {latest.all_bad_lines:,} of {latest.lines:,} lines are "
-            f"bad, and --max-bad-lines {self._options.max_bad_lines.text} allows fewer; they are in "
-            f"{path.name}.partial; mend them, or allow more"
+            f"{'; '.join(latest.first_bad)}{more}; {self._options.line_rule}: {latest.all_bad_lines:,} of "
+            f"{latest.lines:,} lines are bad, and --max-bad-lines {self._options.max_bad_lines.text} allows fewer; "
+            f"they are in {path.name}.partial; mend them, or allow more"
         )
 
     def _finish(self) -> None:
@@ -280,11 +278,11 @@ class _Run:
             self._finish_source()
         if self._options.max_bad_lines.is_exceeded(self._latest.all_bad_lines, self._latest.lines):
             raise self._too_many_bad_lines()
-        for writer, key in zip(self._outputs.writers, self._options.json_keys, strict=True):
+        for number, writer in enumerate(self._outputs.writers):
             if writer.num_documents == 0 and self._options.shard is None:
                 raise DataError(
-                    f"no line of {', '.join(map(str, self._options.inputs))} has any tokens under {key!r}; "
-                    "nothing was written"
+                    f"no line of {', '.join(map(str, self._options.inputs))} has any tokens under "
+                    f"{self._key_of(number)!r}; nothing was written"
                 )
         for number, writer in enumerate(self._outputs.writers):
             write_partial_provenance(writer.prefix, self._provenance(number))
@@ -301,7 +299,7 @@ class _Run:
                 writer.prefix,
                 f"{writer.num_documents:,}",
                 f"{writer.num_tokens:,}",
-                self._dtype.name,
+                writer.dtype.name,
                 f"{self._latest.texts - writer.num_documents:,}",
             )
         if self._latest.all_bad_lines:
@@ -360,15 +358,20 @@ class _Run:
             added_tokens=self._tokenizer.added_tokens,
             eod_id=self._eod_id,
             append_eod=options.append_eod,
-            json_key=options.json_keys[number],
-            dtype=self._dtype.name,
+            json_key=self._key_of(number),
+            dtype=writer.dtype.name,
             documents=writer.num_documents,
             tokens=writer.num_tokens,
             sources=sources,
-            options={name: self._that_matter[name] for name in ("prepend_bos", "special_tokens", "shard")}
+            options={name: self._that_matter[name] for name in ("prepend_bos", "special_tokens", "shard", "chat")}
             | {"max_bad_lines": options.max_bad_lines.text},
             checksums=self._outputs.finish(number),
         )
+
+    def _key_of(self, number: int) -> str:
+        """The keys of a pair's texts, in words."""
+        options = self._options
+        return options.json_keys[number] if options.chat is None else ", ".join(options.read_keys)
 
 
 def _name(file: Path) -> str:
@@ -400,6 +403,7 @@ def _encoding(tokenizer: Tokenizer, options: PreprocessOptions) -> Encoding:
         eod_id if options.append_eod else None,
         tokenizer.bos_id if options.prepend_bos else None,
         options.special_tokens,
+        options.chat,
     )
 
 

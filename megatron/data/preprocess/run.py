@@ -351,6 +351,7 @@ class _Run:
             }
             for at, record in enumerate(self._finished)
         ]
+        names = ("prepend_bos", "special_tokens", "shard", *(["chat"] if options.chat is not None else []))
         return Provenance(
             tokenizer=self._tokenizer.files[0].name,
             tokenizer_fingerprint=self._tokenizer.fingerprint,
@@ -363,7 +364,7 @@ class _Run:
             documents=writer.num_documents,
             tokens=writer.num_tokens,
             sources=sources,
-            options={name: self._that_matter[name] for name in ("prepend_bos", "special_tokens", "shard", "chat")}
+            options={name: self._that_matter[name] for name in names}
             | {"max_bad_lines": options.max_bad_lines.text},
             checksums=self._outputs.finish(number),
         )

@@ -15,23 +15,28 @@ _SPLIT, _JOIN = Kernel("rotary_split", "ppppppiiiii"), Kernel("rotary_join", "pp
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def rotary_tables(
-    sequence_length: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position · theta^(−2i/d), each [sequence_length, head_dim], both halves alike.
+def rotary_frequencies(turned: int, theta: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """theta^(−2i/turned) for each pair of the `turned` elements of a head that are turned: [pairs], an odd one counting
+    as a pair. Computed in max(float32, dtype), as transformers does in float32."""
+    exponents = torch.arange(0, turned, 2, dtype=torch.int64, device=device).to(statistics_dtype(dtype)) / turned
+    return 1.0 / (theta**exponents)
 
-    Angles are computed in max(float32, dtype), as transformers does in float32. Without a theta (positions are learned)
-    they are 0: what splits qkv into heads then leaves the elements as they are.
+
+def angle_tables(sequence_length: int, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position · frequency [d/2], each [sequence_length, d], both halves alike, in the dtype given.
+
+    A frequency of 0 leaves its pair of elements as it is.
     """
-    wide = statistics_dtype(dtype)
-    if theta is None:
-        ones = torch.ones(sequence_length, head_dim, dtype=wide, device=device)
-        return ones, torch.zeros_like(ones)
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).to(wide) / head_dim
-    inverse_frequency = 1.0 / (theta**exponents)
-    positions = torch.arange(sequence_length, dtype=torch.int64, device=device).to(wide)
-    angles = torch.outer(positions, inverse_frequency).repeat(1, 2)  # [s, d]
+    positions = torch.arange(sequence_length, dtype=torch.int64, device=frequencies.device).to(frequencies.dtype)
+    angles = torch.outer(positions, frequencies).repeat(1, 2)  # [s, d]
     return angles.cos(), angles.sin()
+
+
+def rotary_tables(
+    sequence_length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position · theta^(−2i/d), each [sequence_length, head_dim], both halves alike."""
+    return angle_tables(sequence_length, rotary_frequencies(head_dim, theta, dtype, device))
 
 
 def rotary_split(

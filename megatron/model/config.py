@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.model.families import FAMILIES, family_of
 from megatron.model.families.family import Family
+from megatron.model.families.scaling import RotaryScaling
 from megatron.utils.errors import ConfigError
 
 # Matrix products with odd extents (a vocabulary of 32,017) run several times slower on tensor cores.
@@ -45,6 +46,7 @@ class ModelConfig:
     query_key_value_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    rope_scaling: RotaryScaling | None = None
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -60,6 +62,8 @@ class ModelConfig:
             )
         if not problems and self.head_dim % 2:
             problems.append(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of elements")
+        if not problems and self.rope_scaling and self.rope_scaling.rope_type == "dynamic" and self.rotary_dim < 4:
+            problems.append(f"head_dim={self.head_dim} is too small for rope_scaling of type dynamic; it needs 4")
         if problems:
             raise ConfigError("The model is impossible: " + "; ".join(problems) + ".")
         assert (self.rms_norm_eps is None) != (self.layer_norm_eps is None), self
@@ -105,6 +109,11 @@ class ModelConfig:
     def family(self) -> Family:
         """Where the canonical weights lie."""
         return FAMILIES[self.model_type]
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of a head are turned by its position."""
+        return self.head_dim
 
     @property
     def norm_eps(self) -> float:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from megatron.config.train import Recompute
-from megatron.kernels.rotary import rotary_tables
 from megatron.kernels.runs import Documents
+from megatron.model.angles import depends_on_length, position_tables
 from megatron.model.block import Block
 from megatron.model.config import ModelConfig
 from megatron.model.norm import make_norm
@@ -92,7 +92,8 @@ class Transformer(nn.Module):
         """
         cp = self.context.cp
         batch, length = tokens.shape
-        places = find_places(batch, length, documents, self._rotary(length * cp.size), cp)
+        tables = self._rotary(length * cp.size, documents)
+        places = find_places(batch, length, documents, tables, cp)
         if self.is_first:
             hidden = self.embedding(tokens.t(), places.positions.t())
         assert hidden is not None, "a later stage needs the activations of the one before"
@@ -104,13 +105,20 @@ class Transformer(nn.Module):
         _, normed = self.final_norm(hidden, branch)
         return self.head(normed, labels, loss_weights, measure)
 
-    def _rotary(self, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary tables for this length: the beginning of those for the longest so far."""
-        if self._tables is None or self._tables[0].shape[0] < sequence_length:
-            like = next(self.parameters())
-            self._tables = rotary_tables(
-                sequence_length, self.config.head_dim, self.config.rope_theta, like.dtype, like.device
+    def _rotary(self, sequence_length: int, documents: Documents | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary tables for this length: the beginning of those for the longest so far, where it is the same."""
+        own = depends_on_length(self.config, sequence_length)
+        if own and documents is not None:
+            raise ConfigError(
+                f"rope_scaling of type dynamic has other angles for each length above max_position_embeddings="
+                f"{self.config.max_position_embeddings}, and the documents in a sample of {sequence_length} tokens "
+                f"have lengths of their own; use samples of at most {self.config.max_position_embeddings} tokens"
             )
+        longest = 0 if self._tables is None else self._tables[0].shape[0]
+        shared = longest > sequence_length and not depends_on_length(self.config, longest)
+        if self._tables is None or not (longest == sequence_length or shared):
+            like = next(self.parameters())
+            self._tables = position_tables(self.config, sequence_length, like.dtype, like.device)
         cos, sin = self._tables
         return cos[:sequence_length], sin[:sequence_length]
 

@@ -27,6 +27,30 @@ from tests.dist.strict import Communicators, Log
 SEQUENCE_LENGTH = 16
 STEPS = 2
 
+# What `config.json` says of a model, besides its sizes.
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "model_type": "llama",
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 12,
+        },
+    },
+    "llama-dynamic": {
+        "model_type": "llama",
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "max_position_embeddings": 8,
+    },
+    "llama-yarn": {
+        "model_type": "llama",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12},
+    },
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -71,6 +95,21 @@ class Case:
 
     @property
     def model(self) -> ModelConfig:
+        if self.family in VARIATIONS:
+            return ModelConfig.from_huggingface(
+                {
+                    "vocab_size": self.vocabulary,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": self.layers,
+                    "num_attention_heads": self.heads,
+                    "num_key_value_heads": self.key_value_heads,
+                    "head_dim": 10,
+                    "tie_word_embeddings": self.tied,
+                    "initializer_range": 0.2,
+                    **VARIATIONS[self.family],
+                }
+            )
         if self.family != "llama":
             return ModelConfig.from_settings(
                 {

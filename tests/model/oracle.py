@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    modeling_rope_utils,
 )
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
@@ -36,15 +40,34 @@ class WideNorm(LlamaRMSNorm):
 
 
 class WideRotary(LlamaRotaryEmbedding):
-    """Rotary tables from float64 angles: as shipped they are float32."""
+    """Rotary tables from float64 angles: as shipped they are float32. Scaled ones are by transformers' own rules."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.config
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-        angles = position_ids[..., None].double() * config.rope_parameters["rope_theta"] ** -exponents
+        config, length = self.config, int(position_ids.max()) + 1
+        part = config.rope_parameters.get("partial_rotary_factor", 1.0)
+        dim = int(part * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads))
+        kind = config.rope_parameters["rope_type"]
+        if kind == "default":
+            frequencies, factor = config.rope_parameters["rope_theta"] ** -(torch.arange(0, dim, 2).double() / dim), 1.0
+        else:
+            with float32_is_float64():
+                frequencies, factor = modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind](config, x.device, seq_len=length)
+        assert frequencies.dtype is torch.float64
+        angles = position_ids[..., None].double() * frequencies
         both = torch.cat((angles, angles), dim=-1)
-        return both.cos().to(x.dtype), both.sin().to(x.dtype)
+        return (both.cos() * factor).to(x.dtype), (both.sin() * factor).to(x.dtype)
+
+
+@contextmanager
+def float32_is_float64() -> Iterator[None]:
+    """Within it, transformers' rules for rotary frequencies compute in float64 where they say float32."""
+    wide = types.SimpleNamespace(**vars(torch))
+    wide.float = wide.float32 = torch.float64
+    modeling_rope_utils.torch = wide
+    try:
+        yield
+    finally:
+        modeling_rope_utils.torch = torch
 
 
 def widened(model: PreTrainedModel) -> PreTrainedModel:

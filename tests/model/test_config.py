@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from megatron.model.config import ModelConfig
+from megatron.model.config import ModelConfig, spell_for_both
 from megatron.model.specs import canonical_shapes
 from megatron.utils.errors import ConfigError
 
@@ -90,6 +90,40 @@ def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
     assert ModelConfig.from_huggingface(config.to_huggingface()) == config
 
 
+SCALED: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.5},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 33,
+    },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 33, "beta_fast": 20.0, "truncate": False},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 33, "attention_factor": 1.25},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 33, "mscale": 0.7, "mscale_all_dim": 0.9},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALED, ids=str)
+def test_both_generations_read_a_scaling_that_is_written(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    config = read(**FULL, rope_parameters={**scaling, "rope_theta": 12345.0})
+    written = config.to_huggingface()
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    kind = {name: value for name, value in theirs.rope_parameters.items() if name != "type"}
+    assert kind == {**scaling, "rope_theta": 12345.0}
+    assert ModelConfig.from_huggingface(theirs.to_dict()) == config
+    older = {name: value for name, value in written.items() if name not in ("rope_parameters", "dtype")}
+    newer = {name: value for name, value in written.items() if name not in ("rope_theta", "rope_scaling")}
+    assert ModelConfig.from_huggingface(older) == ModelConfig.from_huggingface(newer) == config
+    if scaling["rope_type"] in ("linear", "dynamic"):  # the first releases that scale accept these two keys alone
+        assert written["rope_scaling"] == {"type": scaling["rope_type"], "factor": scaling["factor"]}
+    other = {"rope_parameters": {**scaling, "rope_theta": 12345.0}}
+    assert spell_for_both({**BASE, **other}, "float32")["rope_scaling"] == written["rope_scaling"]
+
+
 def test_older_readers_find_the_older_spellings() -> None:
     written = read(**FULL).to_huggingface("float32")
     assert written["rope_theta"] == 12345.0 and written["rope_scaling"] is None and written["torch_dtype"] == "float32"
@@ -118,9 +152,44 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model_type": "mistral"}, "model_type='mistral'"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     "no name of a model": ({"model_type": ["llama"]}, "model_type=['llama']"),
-    "scaled angles, old spelling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
-    "scaled angles, newer spelling": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3'"),
-    "scaled angles, v5": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "type 'yarn'"),
+    "another scaling": ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_scaling of type 'longrope'"),
+    "scaling without its factor": (
+        {"rope_scaling": {"type": "linear"}},
+        "rope_scaling of type 'linear' without factor",
+    ),
+    "scaling without its bounds": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "rope_theta": 1e4}},
+        "rope_parameters of type 'llama3' without high_freq_factor",
+    ),
+    "a scaling's bounds the wrong way round": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
+        "high_freq_factor=1.0 (only above low_freq_factor=4.0)",
+    ),
+    "a word for a factor": ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling.factor='2'"),
+    "a negative factor": ({"rope_scaling": {"type": "dynamic", "factor": -2.0}}, "rope_scaling.factor=-2.0"),
+    "a part of another scaling": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "short_factor": [1.0]}},
+        "rope_scaling.short_factor=[1.0] (no part of type 'linear'",
+    ),
+    "two scalings": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+        "contradicts itself: rope_scaling={'type': 'linear', 'factor': 2.0} but rope_parameters=",
+    ),
+    "two lengths before scaling": (
+        {
+            "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+            "original_max_position_embeddings": 32,
+        },
+        "original_max_position_embeddings=16 beside original_max_position_embeddings=32",
+    ),
+    "angles by kind of layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        "rope_parameters by kinds of layers",
+    ),
+    "dynamic scaling of the smallest heads": (
+        {"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "head_dim=2 is too small for rope_scaling of type dynamic",
+    ),
     "part of the head turned": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         "partial_rotary_factor",
@@ -157,8 +226,8 @@ def test_what_is_not_a_plain_llama_is_refused(changes: dict[str, Any], words: st
 
 def test_all_refusals_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        read(hidden_act="relu", rope_scaling={"type": "dynamic"}, quantization_config={"bits": 8})
-    for words in ("relu", "dynamic", "quantization_config"):
+        read(hidden_act="relu", rope_scaling={"type": "longrope"}, quantization_config={"bits": 8})
+    for words in ("relu", "longrope", "quantization_config"):
         assert words in str(caught.value)
 
 

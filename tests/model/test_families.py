@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**NEOX, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "rotary_pct=0.5",
     ),
-    "scaled angles": ({**NEOX, "rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
+    "another scaling": ({**NEOX, "rope_scaling": {"type": "su", "factor": 2.0}}, "rope_scaling of type 'su'"),
     "two bases": (
         {**NEOX, "rotary_emb_base": 1e4, "rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 1.0}},
         "rotary_emb_base=10000.0",

@@ -40,6 +40,10 @@ SHAPES: dict[str, tuple[Make, dict[str, Any]]] = {
         {"hidden_act": "gelu_new", "rotary_emb_base": 1e6},
     ),
     "gpt_neox, no biases in attention": (random_gpt_neox, {"attention_bias": False}),
+    "gpt_neox, scaled angles": (
+        random_gpt_neox,
+        {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+    ),
 }
 
 

@@ -31,6 +31,30 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one head": {"num_attention_heads": 1, "num_key_value_heads": 1},
     "vocabulary of one more than a block": {"vocab_size": 65},
 }
+LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+# The heads are 32 wide, so that waves of all lengths occur; the model's own length is 64, the sequences' 24.
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "linear, by its older name": {"type": "linear", "factor": 4.0},
+    "dynamic, within the length": {"rope_type": "dynamic", "factor": 2.0},
+    "dynamic, beyond the length": {"type": "dynamic", "factor": 3.0, "longest": 10},
+    "llama3": {"rope_type": "llama3", **LLAMA_3, "original_max_position_embeddings": 20, "rope_theta": 5e5},
+    "llama3, other bounds": {
+        "rope_type": "llama3", "factor": 32, "low_freq_factor": 2, "high_freq_factor": 3,
+        "original_max_position_embeddings": 50,
+    },
+    "llama3, pretrained on its own length": {"rope_type": "llama3", **LLAMA_3},
+    "yarn": YARN,
+    "yarn, own factor of attention": {**YARN, "attention_factor": 1.3},
+    "yarn, two scales": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2},
+    "yarn, one scale": {**YARN, "mscale": 0.7},
+    "yarn, other bounds": {**YARN, "beta_fast": 4.0, "beta_slow": 0.5},
+    "yarn, bounds not rounded": {**YARN, "truncate": False, "beta_fast": 6},
+    "yarn, bounds that meet": {**YARN, "beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+    "yarn, pretrained on its own length": {"rope_type": "yarn", "factor": 2.0},
+    "yarn, factor of the two lengths": {**YARN, "factor": None},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -87,6 +111,30 @@ def test_trained_llama_equals_the_float64_reference(stories: Path, golden) -> No
 @pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES.keys())
 def test_random_llamas_equal_the_float64_reference(tmp_path: Path, fields: dict[str, Any]) -> None:
     compare_with_reference(tmp_path, random_llama(**fields))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS.keys())
+def test_scaled_angles_equal_the_float64_reference(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    parameters = {"rope_theta": 1e4, **scaling}
+    longest = parameters.pop("longest", 64)
+    reference = random_llama(rope_parameters=parameters, head_dim=32, max_position_embeddings=longest)
+    compare_with_reference(tmp_path, reference)
+    plain = random_llama(rope_parameters={"rope_type": "default", "rope_theta": parameters["rope_theta"]}, head_dim=32)
+    tokens = random_tokens(96)
+    difference = (our_logits(ours(tmp_path, torch.float64), tokens) - widened(plain)(tokens).logits).abs().max()
+    assert (difference <= 1e-10) == (scaling == SCALINGS["dynamic, within the length"])
+
+
+@torch.no_grad()
+def test_dynamic_angles_are_those_of_each_length(tmp_path: Path) -> None:
+    """Whatever lengths came before; transformers keeps the angles of the longest sequence so far, a new model each."""
+    parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    random_llama(rope_parameters=parameters, max_position_embeddings=8).save_pretrained(tmp_path)
+    model = ours(tmp_path, torch.float64)
+    for length in (6, 24, 12, 16, 24, 7):
+        tokens = random_tokens(96, length=length)
+        reference = widened(random_llama(rope_parameters=dict(parameters), max_position_embeddings=8))
+        assert (our_logits(model, tokens) - reference(tokens).logits).abs().max() <= 1e-10
 
 
 @settings(max_examples=25)

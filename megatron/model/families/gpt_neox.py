@@ -18,10 +18,10 @@ from megatron.model.families.reading import (
     refuse,
     refuse_activation,
     refuse_quantized,
-    refuse_scaled_angles,
     require,
     rotary_base,
 )
+from megatron.model.families.scaling import rotary_scaling, scaling_problems, spell_rotary
 
 if TYPE_CHECKING:
     from megatron.model.config import ModelConfig
@@ -35,6 +35,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
         numbers=(
             *_REQUIRED,
             "max_position_embeddings",
+            "original_max_position_embeddings",
             "layer_norm_eps",
             "rotary_pct",
             "rotary_emb_base",
@@ -46,6 +47,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
     refuse(_other_functions(config))
     require(config, _REQUIRED, "GPT-NeoX")
     attention_bias = bool(default(config, "attention_bias", True))
+    longest = int(default(config, "max_position_embeddings", 2048))
     return {
         "vocab_size": int(config["vocab_size"]),
         "hidden_size": int(config["hidden_size"]),
@@ -54,10 +56,11 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": int(config["num_attention_heads"]),
         "num_key_value_heads": int(config["num_attention_heads"]),
         "head_dim": head_size(config, "hidden_size", "num_attention_heads"),
-        "max_position_embeddings": int(config.get("max_position_embeddings") or 2048),
+        "max_position_embeddings": longest,
         "layer_norm_eps": float(default(config, "layer_norm_eps", 1e-5)),
         "rms_norm_eps": None,
         "rope_theta": rotary_base(config, "rotary_emb_base"),
+        "rope_scaling": rotary_scaling(config, longest),
         "tie_word_embeddings": bool(default(config, "tie_word_embeddings", False)),
         "initializer_range": float(default(config, "initializer_range", 0.02)),
         "hidden_act": ACTIVATIONS[config.get("hidden_act") or "gelu"],
@@ -82,7 +85,7 @@ def _other_functions(config: Mapping[str, Any]) -> Iterator[str]:
     if _turned(config) != 1.0:
         yield f"rotary_pct={_turned(config)} (only 1.0: every element is turned)"
     yield from refuse_activation(config, "hidden_act", "gelu", ("gelu", "gelu_new"))
-    yield from refuse_scaled_angles(config)
+    yield from scaling_problems(config)
     yield from refuse_quantized(config)
 
 
@@ -99,6 +102,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "layer_norm_eps": config.layer_norm_eps,
         "rotary_emb_base": config.rope_theta,
         "rotary_pct": 1.0,
+        **spell_rotary({}, config.rope_theta or 0.0, config.rope_scaling, 1.0),
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
         "hidden_act": config.hidden_act,
@@ -114,14 +118,9 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
     """What is turned, and from which base, as transformers 4 and 5 each spell it."""
     theta, turned = rotary_base(config, "rotary_emb_base"), _turned(config)
-    parameters = {
-        **(config.get("rope_parameters") or {}),
-        "rope_type": "default",
-        "rope_theta": theta,
-        "partial_rotary_factor": turned,
-    }
-    older = {"rotary_emb_base": theta, "rotary_pct": turned, "rope_scaling": None}
-    return {**config, **older, "rope_parameters": parameters}
+    scaling = rotary_scaling(config, int(default(config, "max_position_embeddings", 2048)))
+    older = {"rotary_emb_base": theta, "rotary_pct": turned}
+    return {**config, **older, **spell_rotary(config, theta, scaling, turned)}
 
 
 GPT_NEOX = Family(

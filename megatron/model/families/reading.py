@@ -84,12 +84,3 @@ def rotary_base(config: Mapping[str, Any], older: str = "rope_theta") -> float:
         listed = ", ".join(f"{name}={base}" for name, base in found.items())
         raise ConfigError(f"config.json contradicts itself: {listed}; remove the wrong one.")
     return next(iter(found.values()), 10000.0)
-
-
-def refuse_scaled_angles(config: Mapping[str, Any]) -> Iterable[str]:
-    """A problem for each place where rotary angles are scaled."""
-    for name in ("rope_scaling", "rope_parameters"):
-        scaling = config.get(name) or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            yield f"{name} of type {kind!r} (only the default)"

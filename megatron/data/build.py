@@ -56,6 +56,14 @@ class TrainingSources:
         return described if len(described) > 1 else only
 
 
+def blends_begun(described: list[dict[str, Any]], position: int, sequence_length: int) -> list[dict[str, Any]]:
+    """Of what `TrainingSources.describe` gave, the blends that samples before `position` are of: in the stable order,
+    only these cannot be changed any more."""
+    if described and "from_tokens" not in described[0]:
+        described = [{"from_tokens": 0, "blend": described, "sources": list(range(len(described)))}]
+    return [stage for stage in described if -(-stage["from_tokens"] // sequence_length) < max(1, position)]
+
+
 def open_training_sources(config: DataConfig) -> TrainingSources:
     """The sources of `data.train`, which is neither null nor synthetic. Raises one DataError for all pairs that are
     missing or damaged, ConfigError where data.split is no split."""

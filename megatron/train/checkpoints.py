@@ -16,6 +16,7 @@ from megatron.checkpoint.store import save_checkpoint
 from megatron.checkpoint.weights import weight_reader
 from megatron.config.dump import differences, dump_config, to_dict
 from megatron.config.run import RunConfig
+from megatron.data.build import blends_begun
 from megatron.model.config import spell_for_both
 from megatron.model.initialize import initial_values
 from megatron.optim.adamw import AdamW
@@ -57,8 +58,11 @@ def check_resume(config: RunConfig, source: Source, data: Mapping[str, Any]) -> 
     `data` describes the order of the samples. Raises ConfigError for another order: the position in it would mean
     other samples, so some would be read twice and others never.
     """
-    saved = (source.state or {}).get("data", {})
+    state = source.state or {}
+    saved = state.get("data", {})
     changed = [key for key in data if key in saved and saved[key] != data[key]]
+    if changed == ["data.train"] and config.data.order == "stable" and _differ_in_blends_to_come(saved, data, state):
+        changed = []
     if changed:
         hint = ""
         if "data.samples" in changed:
@@ -72,6 +76,16 @@ def check_resume(config: RunConfig, source: Source, data: Mapping[str, Any]) -> 
         )
     for line in differences(source.run_config or {}, to_dict(config)):
         _logger.info("changed since the checkpoint: %s", line)
+
+
+def _differ_in_blends_to_come(saved: Mapping[str, Any], now: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    """Whether two orders of stored samples are the same up to the position of a run."""
+    sides = [side["data.train"] for side in (saved, now)]
+    if not all(isinstance(side, list) for side in sides):
+        return False
+    position, length = int(state.get("consumed_samples", 0)), int(now["data.sequence_length"])
+    old, new = (blends_begun(side, position, length) for side in sides)
+    return old == new
 
 
 class Checkpoints:

@@ -82,12 +82,17 @@ def test_every_sample_of_four_processes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = words({**settings(random_llama, pairs, tmp_path), **grid})
+    values = {**settings(random_llama, pairs, tmp_path), **grid}
+    run = words(values)
+    first = 1
+    if values["data.order"] == "stable":  # begin alone, go on with four
+        program.run(["train", *words({**values, "parallel.tensor": 1, "train.steps": 2})])
+        first = 3
     program.run(["train", *run], ranks=4, record=tmp_path / "given")
     samples: list[int] = []
     for rank in range(4):
         given = [json.loads(line) for line in (tmp_path / f"given-{rank}").read_text().splitlines()]
-        assert [line["step"] for line in given] == list(range(1, STEPS + 1))
+        assert [line["step"] for line in given] == list(range(first, STEPS + 1))
         for line in given:
             told = explained(capsys, run, line["step"], rank)
             assert [row["sha256"] for row in told["rows"]] == line["rows"]
@@ -97,7 +102,8 @@ def test_every_sample_of_four_processes(
                 content = np.array([tokens[:-1], tokens[1:]], dtype="<i8").tobytes()
                 assert hashlib.sha256(content).hexdigest() == row["sha256"], "the excerpts are what was fed"
             samples += [row["sample"] for row in told["rows"]]
-    assert sorted(samples) == sorted(2 * list(range(sum(BATCHES)))), "two ranks read each sample, none is left out"
+    rest = range(sum(BATCHES[: first - 1]), sum(BATCHES))
+    assert sorted(samples) == sorted([*rest, *rest]), "two ranks read each sample, none is left out"
 
     capsys.readouterr()
     assert main(["dataset", "ledger", "--json", *run]) == 0

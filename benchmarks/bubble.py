@@ -3,8 +3,9 @@
 For each schedule a process for each stage runs steps; forward, backward for the inputs and backward for the weights
 sleep for fixed times. "measured" is the time in which stages wait (for messages, and for the engine itself) as a share
 of that in which they slept, from the start that all begin with to the end of the last; "theory" is (p − 1)/m,
-(p − 1)/(v m) for v chunks, and ZB-H1's (p − 1)(F + I − W)/(m (F + I + W)). The last column is the step's time against
-theory's; it exits with an error where that is off by more than 5 %.
+(p − 1)/(v m) for v chunks, and ZB-H1's (p − 1)(F + I − W)/(m (F + I + W)). It exits with an error where a bubble is off
+by more than 5 % of itself: the sleeps are long, since each action costs the engine up to a millisecond on a busy
+machine. All of it takes about six minutes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,6 +28,8 @@ from megatron.parallel.pipeline.engine import Activations, run_stage
 from megatron.parallel.pipeline.schedule import make_schedule
 from megatron.parallel.weight_gradient import LaterProducts
 
+TOLERANCE = 0.05
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -36,9 +39,13 @@ class Setting:
     stages: int
     micro_batches: int
     chunks: int = 1
-    forward_s: float = 0.080
-    inputs_s: float = 0.080
-    weights_s: float = 0.060
+    forward_s: float = 0.64
+    inputs_s: float = 0.64
+    weights_s: float = 0.48
+
+    def quick(self) -> Setting:
+        """The same with short sleeps, to warm up."""
+        return replace(self, forward_s=self.forward_s / 50, inputs_s=self.inputs_s / 50, weights_s=self.weights_s / 50)
 
     @property
     def theory(self) -> float:
@@ -55,7 +62,7 @@ SETTINGS = [
     Setting("1f1b", 4, 8),
     Setting("1f1b", 4, 16),
     Setting("interleaved", 4, 8, chunks=2),
-    Setting("interleaved", 4, 8, chunks=4),
+    Setting("interleaved", 4, 8, chunks=4, forward_s=1.28, inputs_s=1.28, weights_s=0.96),
     Setting("zero_bubble", 4, 8),
     Setting("zero_bubble", 4, 16),
     Setting("1f1b", 2, 4),
@@ -94,8 +101,8 @@ def sleep(seconds: float, slept: list[float]) -> None:
     slept.append(time.perf_counter() - begin)
 
 
-def run_step(rank: int, setting: Setting, store: str, pipe: Connection) -> None:
-    """A warm-up and a measured step as one stage; sends the seconds of the second, and those that it slept in it."""
+def run_steps(rank: int, setting: Setting, store: str, pipe: Connection) -> None:
+    """A short and a measured step as one stage; sends the seconds of the second, and those that it slept in it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, setting.stages), rank=rank, world_size=setting.stages)
     context = connect(Grid(pipeline=setting.stages), rank, wraps=setting.chunks > 1)
@@ -104,19 +111,21 @@ def run_step(rank: int, setting: Setting, store: str, pipe: Connection) -> None:
     slept: list[float] = []
     last = setting.stages - 1
 
-    def stage(micro_batch: int, chunk: int, hidden: torch.Tensor | None) -> torch.Tensor:
-        hidden = torch.zeros(8, requires_grad=True) if hidden is None else hidden
-        result = Sleep.apply(hidden, setting, later, slept)
-        return result.sum() if rank == last and chunk == setting.chunks - 1 else result
+    def timed(pace: Setting) -> float:
+        def stage(micro_batch: int, chunk: int, hidden: torch.Tensor | None) -> torch.Tensor:
+            hidden = torch.zeros(8, requires_grad=True) if hidden is None else hidden
+            result = Sleep.apply(hidden, pace, later, slept)
+            return result.sum() if rank == last and chunk == setting.chunks - 1 else result
 
-    seconds = 0.0
-    for _ in range(2):
         slept.clear()
         dist.barrier()
         begin = time.perf_counter()
         activations = Activations([(8,)] * setting.micro_batches, torch.float32, torch.device("cpu"))
         run_stage(actions, stage, context, activations, chunks=setting.chunks, later=later)
-        seconds = time.perf_counter() - begin
+        return time.perf_counter() - begin
+
+    timed(setting.quick())
+    seconds = timed(setting)
     pipe.send((seconds, sum(slept)))
     dist.destroy_process_group()
 
@@ -128,7 +137,7 @@ def measure(setting: Setting) -> float:
         pipes, processes = [], []
         for rank in range(setting.stages):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=run_step, args=(rank, setting, f"{folder}/store", theirs), daemon=True)
+            process = spawn.Process(target=run_steps, args=(rank, setting, f"{folder}/store", theirs), daemon=True)
             process.start()
             pipes.append(ours)
             processes.append(process)
@@ -142,15 +151,16 @@ def main() -> None:
     """Print a line for each setting; exit code 1 where one is not as theory says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    print("schedule      stages  micro-batches  chunks   theory  measured  step against theory")
+    print("schedule      stages  micro-batches  chunks   theory  measured  measured / theory")
     far = 0
     for setting in SETTINGS:
-        found = min(measure(setting) for _ in range(2))
-        ratio = (1.0 + found) / (1.0 + setting.theory)
-        far += abs(ratio - 1.0) > 0.05
+        found = measure(setting)
+        if abs(found / setting.theory - 1.0) > TOLERANCE:
+            found = min(found, measure(setting))  # what disturbs can only add to it
+        far += abs(found / setting.theory - 1.0) > TOLERANCE
         print(
             f"{setting.schedule:<12}  {setting.stages:>6}  {setting.micro_batches:>13}  {setting.chunks:>6}  "
-            f"{setting.theory:>7.1%}  {found:>8.1%}  {ratio:.3f}",
+            f"{setting.theory:>7.1%}  {found:>8.1%}  {found / setting.theory:.3f}",
             flush=True,
         )
     sys.exit(1 if far else 0)

@@ -74,6 +74,7 @@ def read_provenance(prefix: str | Path) -> Provenance | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         known = [each for each in fields(Provenance) if each.name in content or _is_required(each)]
         provenance = Provenance(**{each.name: content[each.name] for each in known})
+        _check_types(provenance)
         described_bytes = provenance.tokens * np.dtype(provenance.dtype).itemsize
     except FileNotFoundError:
         return None
@@ -93,6 +94,41 @@ def read_provenance(prefix: str | Path) -> Provenance | None:
 
 def _is_required(each: Any) -> bool:
     return each.default is MISSING and each.default_factory is MISSING
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "tokenizer": str, "tokenizer_fingerprint": str, "vocabulary_size": int, "added_tokens": list,
+    "eod_id": (int, type(None)), "append_eod": bool, "json_key": str, "dtype": str, "documents": int, "tokens": int,
+    "sources": list, "options": dict, "checksums": dict,
+}  # fmt: skip
+_SOURCE_TYPES = {
+    "file": str, "bytes": int, "sha256": str, "documents": int, "lines": int, "bad_lines": int,
+    "lines_without_document": str, "begin": int, "lines_before": int,
+}  # fmt: skip
+_SOURCE_NEEDS = ("file", "bytes", "sha256", "documents")
+
+
+def _check_types(provenance: Provenance) -> None:
+    """Raise TypeError or KeyError for values that are not what the class says."""
+    for name, kind in _TYPES.items():
+        _check_type(name, getattr(provenance, name), kind)
+    for token in provenance.added_tokens:
+        _check_type("added_tokens", token, str)
+    for source in provenance.sources:
+        _check_type("sources", source, dict)
+        for name in {*_SOURCE_NEEDS, *(_SOURCE_TYPES.keys() & source.keys())}:
+            _check_type(f"sources: {name}", source[name], _SOURCE_TYPES[name])
+    parts = provenance.checksums.get("bin", [])
+    _check_type("checksums: bin", parts, list)
+    for part in parts:
+        _check_type("checksums: bytes", part["bytes"], int)
+        _check_type("checksums: sha256", part["sha256"], (str, type(None)))
+    _check_type("checksums: idx", provenance.checksums.get("idx"), (str, type(None)))
+
+
+def _check_type(name: str, value: object, kind: type | tuple[type, ...]) -> None:
+    if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**63):  # type: ignore[operator]
+        raise TypeError(f"{name} is {str(value)[:80]!r}")
 
 
 def source_line(provenance: Provenance, document_index: int) -> tuple[str, int]:
@@ -125,10 +161,15 @@ def _line_of(source: dict[str, Any], document: int) -> int:
 
 
 def _ranges(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """First lines and lengths of `3-7,12`."""
+    """First lines and lengths of `3-7,12`. Raises DataError for anything else."""
     pairs = [part.partition("-")[::2] for part in text.split(",") if part]
-    firsts = np.array([int(low) for low, _ in pairs], dtype=np.int64)
-    lasts = np.array([int(high or low) for low, high in pairs], dtype=np.int64)
+    try:
+        firsts = np.array([int(low) for low, _ in pairs], dtype=np.int64)
+        lasts = np.array([int(high or low) for low, high in pairs], dtype=np.int64)
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"the .json has lines that are no numbers ({error}): it was changed; tokenize again") from error
+    if len(firsts) and not (firsts[0] > 0 and (lasts >= firsts).all() and (firsts[1:] > lasts[:-1]).all()):
+        raise DataError("the .json has lines that are not in order: it was changed; tokenize again")
     return firsts, lasts - firsts + 1
 
 

@@ -19,6 +19,8 @@ CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_ROWS = 4096
 _KEPT_OF_OVERLONG_BYTES = 1 << 16
+# Pages are read one by one, not whole row groups.
+_PARQUET = {"buffer_size": 1 << 20, "pre_buffer": False, "page_checksum_verification": True}
 
 
 @dataclass(frozen=True)
@@ -94,29 +96,38 @@ def _cut(stream: TextStream, chunk_bytes: int) -> Iterator[tuple[bytes | bytearr
 
     A line longer than `chunk_bytes` comes alone.
     """
-    pending = bytearray()  # grows in place, so a long line is in memory once
+    pending: bytes | bytearray = b""
     dropped = 0  # bytes of an overlong line that are not kept
     end = 0  # behind the last line break in `pending`
     while block := stream.read(chunk_bytes):
-        if (found := block.rfind(b"\n")) >= 0:
-            end = len(pending) + found + 1
-        pending += block
+        if not pending:
+            pending = block  # no copy where blocks end with lines
+        elif not end and len(pending) > chunk_bytes:
+            if not isinstance(pending, bytearray):
+                pending = bytearray(pending)  # grows in place, so a long line is in memory once
+            pending += block
+        else:
+            pending = b"".join((pending, block))
+        end = max(end, pending.rfind(b"\n", len(pending) - len(block)) + 1)
         if not end and len(pending) > MAX_LINE_BYTES:
             dropped += len(pending) - _KEPT_OF_OVERLONG_BYTES
-            del pending[_KEPT_OF_OVERLONG_BYTES:]
-        if end and (dropped or len(pending) >= chunk_bytes):
+            pending = pending[:_KEPT_OF_OVERLONG_BYTES]
+        while end and (dropped or len(pending) >= chunk_bytes):
             first = pending.find(b"\n") + 1
             cut = first if dropped or first > chunk_bytes else end
             rest = bytes(memoryview(pending)[cut:])
-            del pending[cut:]
+            if isinstance(pending, bytearray):
+                del pending[cut:]
+            else:
+                pending = pending[:cut]
             yield _piece(pending, dropped)
-            pending, dropped = bytearray(rest), 0
+            pending, dropped = rest, 0
             end = pending.rfind(b"\n") + 1
     if pending:
         yield _piece(pending, dropped)
 
 
-def _piece(content: bytearray, dropped: int) -> tuple[bytes | bytearray, int, int]:
+def _piece(content: bytes | bytearray, dropped: int) -> tuple[bytes | bytearray, int, int]:
     num_lines = content.count(b"\n") + (not content.endswith(b"\n"))
     if num_lines == 1 and dropped + len(content) > MAX_LINE_BYTES:
         return bytes(content[:_KEPT_OF_OVERLONG_BYTES]), dropped + len(content), 1
@@ -128,7 +139,7 @@ def _read_parquet(
 ) -> Iterator[tuple[Chunk, Position]]:
     pyarrow = import_pyarrow()
     try:
-        with pyarrow.parquet.ParquetFile(source.file, buffer_size=1 << 20, pre_buffer=False) as file:
+        with pyarrow.parquet.ParquetFile(source.file, **_PARQUET) as file:
             _check_columns(source.file, file.schema_arrow, keys, pyarrow)
             rows = file.metadata.num_rows
             end = rows if source.end is None else source.end
@@ -139,7 +150,7 @@ def _read_parquet(
                 position = Position(offset, offset - source.begin, source.num_bytes * (offset - source.begin) // rows)
                 yield Chunk(source.file, first_line, content, columnar=True), position
         done(ReadSource(source.num_bytes, sha256_file(source.file)))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # what it meets in damaged files
         raise DataError(
             f"{source.file} cannot be read as parquet after row {position.offset:,} ({_first_line(error)}); copy or "
             "make it again"

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron.checkpoint.safetensors_file import BLOCK_BYTES
 from megatron.checkpoint.source import Source
+from megatron.checkpoint.strided import BLOCK_BYTES
 from megatron.model.families import family_of
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError

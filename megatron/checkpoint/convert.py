@@ -29,9 +29,11 @@ from megatron.checkpoint.native import (
     write_carried,
     write_manifest,
 )
-from megatron.checkpoint.safetensors_file import BLOCK_BYTES, SafetensorsWriter
+from megatron.checkpoint.safetensors_file import SafetensorsWriter
 from megatron.checkpoint.source import Source, open_source
 from megatron.checkpoint.store import check_space
+from megatron.checkpoint.strided import BLOCK_BYTES
+from megatron.checkpoint.torch_file import SUFFIXES, is_damaged
 from megatron.model.config import ModelConfig, spell_for_both
 from megatron.model.specs import canonical_shapes, rank_specs
 from megatron.parallel.layout import Region
@@ -71,9 +73,9 @@ def convert(
 ) -> Conversion:
     """Write the model at `source_path` (anything that `open_source` takes) to `destination` in a format.
 
-    `to` is the other format than the source's unless told. `tensor` and `pipeline` cut native files as that grid would
-    hold them (anything loads them all the same). `dtype` casts the weights. The destination must be new or empty; it
-    appears once it is whole, and not at all after an error.
+    `to` is native unless told, and Hugging Face's for a native source. `tensor` and `pipeline` cut native files as
+    that grid would hold them (anything loads them all the same). `dtype` casts the weights. The destination must be new
+    or empty; it appears once it is whole, and not at all after an error.
 
     Raises CheckpointError and, for a request that cannot be, ConfigError.
     """
@@ -83,7 +85,7 @@ def convert(
     destination = Path(os.path.abspath(destination))
     _check_destination(destination)
     with open_source(source_path) as source:
-        to = to or ("native" if source.format == "huggingface" else "huggingface")
+        to = to or ("huggingface" if source.format == "native" else "native")
         if to == "huggingface" and any(grid):
             raise ConfigError(
                 "--tensor and --pipeline cut native files; leave them out when writing a Hugging Face folder."
@@ -183,8 +185,11 @@ def _cut_for_grid(config: ModelConfig, grid: tuple[int | None, int | None]) -> l
 
 
 def _check_content(source: Source, progress: Progress) -> None:
-    """Compare the checksums of the weights of a checkpoint: a conversion is no time to carry a damage along."""
+    """Compare the checksums of the weights, where there are any: a conversion is no time to carry a damage along."""
     if source.manifest is None:
+        for name in source.weight_files:
+            if Path(name).suffix in SUFFIXES and is_damaged(source.folder / name):
+                raise CheckpointError(f"{source.folder / name} is damaged: its checksums are wrong. Use another copy.")
         return
     done, total = 0, sum(source.manifest.files[name][0] for name in source.weight_files)
     for name, damaged in find_damaged(source.folder, source.manifest, source.weight_files):
@@ -240,7 +245,7 @@ def _write_native(folder: Path, parts: Sequence[Sequence[Region]], copier: _Copi
 def _write_config(folder: Path, source: Source, dtype: str) -> None:
     """Carry `config.json` over, byte for byte if it already says all that every reader looks for."""
     config = spell_for_both(source.model_config, dtype)
-    as_it_is = config == source.model_config
+    as_it_is = config == source.model_config and (source.folder / MODEL_CONFIG).is_file()
     write_atomically(
         folder / MODEL_CONFIG, (source.folder / MODEL_CONFIG).read_bytes() if as_it_is else config_text(config)
     )

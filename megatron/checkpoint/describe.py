@@ -12,10 +12,18 @@ from megatron.checkpoint.manager import whole_checkpoints
 from megatron.checkpoint.native import MANIFEST, find_damaged
 from megatron.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron.checkpoint.source import Source
+from megatron.checkpoint.torch_file import SUFFIXES, is_damaged
 from megatron.model.config import ModelConfig
 from megatron.model.specs import canonical_shapes
 from megatron.utils.errors import CheckpointError, ConfigError
 from megatron.utils.units import format_bytes, format_count
+
+_FORMAT_NAMES = {
+    "native": "checkpoint of this program",
+    "huggingface": "Hugging Face",
+    "meta": "Meta",
+    "megatron-llm": "Megatron-LLM",
+}
 
 
 def describe(source: Source, path: Path) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def table(description: dict[str, Any]) -> list[tuple[str, str]]:
     kinds = f"{', '.join(optimizer)}, {format_bytes(sum(optimizer.values()))}" if optimizer else "none"
     rows = [
         ("folder", description["folder"]),
-        ("format", "checkpoint of this program" if native else "Hugging Face"),
+        ("format", _FORMAT_NAMES[description["format"]]),
         ("steps there", ", ".join(map(str, description["steps_in_save_folder"]))),
         ("step", str(description["step"]) if native else ""),
         ("consumed tokens", _count(description["consumed_tokens"])),
@@ -92,6 +100,12 @@ def list_tensors(source: Source) -> list[dict[str, Any]]:
 def verify(source: Source) -> str:
     """Read everything and compare checksums; returns what was found right, raises CheckpointError naming the rest."""
     if source.manifest is None:
+        archives = [name for name in source.weight_files if Path(name).suffix in SUFFIXES]
+        damaged = [name for name in archives if is_damaged(source.folder / name)]
+        if damaged:
+            raise CheckpointError(f"{source.folder} is damaged: the checksums within {', '.join(damaged)} are wrong.")
+        if archives:
+            return f"the checksums of all {len(archives)} files are right"
         return f"{len(source.weight_files)} file(s) are whole; a Hugging Face folder has no checksums to compare"
     damaged = [name for name, is_damaged in find_damaged(source.folder, source.manifest) if is_damaged]
     if damaged:

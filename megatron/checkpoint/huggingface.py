@@ -1,6 +1,7 @@
 """Hugging Face model folders: where their tensors are, and how to write one's index and configuration.
 
-It knows `model.safetensors`, `model.safetensors.index.json` and `config.json`, and must not know what the tensors mean.
+It knows `model.safetensors`, `pytorch_model.bin`, the indices of their shards and `config.json`, and must not know what
+the tensors mean.
 """
 
 from __future__ import annotations
@@ -13,29 +14,20 @@ from typing import Any
 
 from megatron.checkpoint.index import StoredPiece, StoredTensor
 from megatron.checkpoint.safetensors_file import SafetensorsReader
+from megatron.checkpoint.torch_file import SUFFIXES, TorchReader
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
 MODEL_CONFIG = "config.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 
 def is_huggingface(folder: Path) -> bool:
     """Whether the folder holds weights in a form that `index_huggingface` reads."""
-    return (folder / SINGLE).exists() or (folder / SHARD_INDEX).exists()
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Raise CheckpointError where a folder holds its weights as pickles only."""
-    found = [name for name in _PICKLES if (folder / name).exists()]
-    if found:
-        raise CheckpointError(
-            f"{folder} holds its weights as {found[0]}, a pickle, which can run code when it is opened and is never "
-            "read here. Convert it once where you trust it: transformers' from_pretrained, then save_pretrained, "
-            f"writes {SINGLE}."
-        )
+    return any((folder / name).exists() for name in (SINGLE, SHARD_INDEX, PICKLE, PICKLE_INDEX))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -55,10 +47,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def index_huggingface(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Where every tensor is, and the weight files. Opens each file once to check it; raises CheckpointError."""
-    if (folder / SINGLE).exists():
-        return _index_file(folder, SINGLE), [SINGLE]
-    weight_map = _read_weight_map(folder / SHARD_INDEX)
+    """Where every tensor is, and the weight files. Opens each file once to check it; raises CheckpointError.
+
+    Of a model that is there twice, the safetensors are taken and the pickles are left alone.
+    """
+    found = next(name for name in (SINGLE, SHARD_INDEX, PICKLE, PICKLE_INDEX) if (folder / name).exists())
+    if found in (SINGLE, PICKLE):
+        return _index_file(folder, found), [found]
+    weight_map = _read_weight_map(folder / found)
     files = sorted(set(weight_map.values()))
     absent = [name for name in files if not (folder / name).exists()]
     if absent:
@@ -72,13 +68,13 @@ def index_huggingface(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]
             if name in tensors:
                 problems.append(f"{name} is both in {tensors[name].pieces[0].file} and in {file}")
             elif name not in weight_map:
-                problems.append(f"{name} is in {file} but not in {SHARD_INDEX}")
+                problems.append(f"{name} is in {file} but not in {found}")
             elif weight_map[name] != file:
                 problems.append(f"{name} should be in {weight_map[name]} but is in {file}")
             tensors[name] = stored
     problems += [f"{name} is not in {file}" for name, file in weight_map.items() if name not in tensors]
     if problems:
-        raise CheckpointError(f"{folder / SHARD_INDEX} does not agree with its shards: {_some(problems)}.")
+        raise CheckpointError(f"{folder / found} does not agree with its shards: {_some(problems)}.")
     return tensors, files
 
 
@@ -117,7 +113,8 @@ def config_text(config: Mapping[str, Any]) -> str:
 
 
 def _index_file(folder: Path, file: str) -> dict[str, StoredTensor]:
-    with SafetensorsReader(folder / file) as reader:
+    opened = TorchReader(folder / file) if Path(file).suffix in SUFFIXES else SafetensorsReader(folder / file)
+    with opened as reader:
         return {
             name: StoredTensor(entry.shape, (StoredPiece(Region.whole(name, entry.shape), entry.dtype, file, name),))
             for name, entry in reader.entries.items()

@@ -1,6 +1,6 @@
 """Where the tensors of a checkpoint are: which file holds which rectangle of which canonical tensor.
 
-Both formats (Hugging Face's and ours) are read through this. It knows no file format.
+All formats are read through this. It knows no file format.
 """
 
 from __future__ import annotations
@@ -22,16 +22,43 @@ KINDS = ("weights", "master", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """A rectangle of a canonical tensor, stored under `key` in the file named `file` of the checkpoint's folder."""
+    """A rectangle of a canonical tensor, stored under `key` in the file named `file` of the checkpoint's folder.
+
+    It is all of the stored tensor, or (with an `offset`) lies within it, its rows `step` rows apart; `transposed`: as
+    its transpose.
+    """
 
     region: Region
     dtype: torch.dtype
     file: str
     key: str
+    offset: tuple[int, ...] | None = None
+    step: int = 1
+    transposed: bool = False
 
     @property
     def size_bytes(self) -> int:
         return self.region.numel * self.dtype.itemsize
+
+    def slices(self, part: Region) -> tuple[slice, ...]:
+        """Index of a part of the region within the stored tensor (its transpose, where that is what is stored)."""
+        within = part.within(self.region)
+        if self.offset is None:
+            return within
+        within = within[::-1] if self.transposed else within
+        steps = [self.step, *(1 for _ in self.offset[1:])]
+        return tuple(
+            slice(at + index.start * step, at + (index.stop - 1) * step + 1, step)
+            for at, index, step in zip(self.offset, within, steps, strict=True)
+        )
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a stored tensor of this shape can hold the piece."""
+        if self.offset is None:
+            return shape == self.region.size
+        return len(shape) == len(self.offset) and all(
+            index.stop <= extent for index, extent in zip(self.slices(self.region), shape, strict=True)
+        )
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
+from megatron.checkpoint.strided import REQUEST_BYTES, Entry, memory_of, pread, read_entry, row_blocks
 from megatron.utils.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -39,25 +39,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-BLOCK_BYTES = 32 * 2**20  # of temporary memory: large enough that requests cost nothing against their data
-_REQUEST_BYTES = 2**30  # Linux returns at most 2 GiB less a page per call
-_GAP_BYTES = 16 * 2**10  # reading through so much of what is not wanted is cheaper than another request
 _HEADER_LIMIT_BYTES = 100 * 10**6  # the limit of the reference implementation
 
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: `offset` in bytes from the beginning of the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def size_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsReader:
@@ -79,18 +63,10 @@ class SafetensorsReader:
     def read(self, name: str, slices: Sequence[slice] | None, out: torch.Tensor) -> None:
         """Fill `out` with the rectangle `slices` (None: everything) of a tensor, cast to the dtype of `out`.
 
-        `out` has the rectangle's shape and may be strided or on another device. Slices are plain `begin:end`.
+        `out` has the rectangle's shape and may be strided or on another device. Slices are `begin:end` or
+        `begin:end:step`.
         """
-        entry = self.entries[name]
-        slices = [slice(0, extent) for extent in entry.shape] if slices is None else slices
-        start = tuple(int(part.start) for part in slices)
-        size = tuple(int(part.stop) - int(part.start) for part in slices)
-        assert tuple(out.shape) == size, (name, out.shape, size)
-        assert all(a >= 0 and a + n <= whole for a, n, whole in zip(start, size, entry.shape, strict=True)), name
-        if out.numel():
-            _Rectangle(self._descriptor, self.path, entry.dtype).read(
-                entry.offset, entry.shape, start, size, out.detach()
-            )
+        read_entry(self._descriptor, self.path, self.entries[name], slices, out)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -145,7 +121,7 @@ class SafetensorsWriter:
         assert rows.dtype == entry.dtype and tuple(rows.shape[1:]) == entry.shape[1:], (name, rows.dtype, rows.shape)
         assert entry.offset <= self._position, f"{name} comes before its turn"
         assert self._position + rows.numel() * entry.dtype.itemsize <= entry.offset + entry.size_bytes, name
-        for block in _row_blocks(rows.detach()):
+        for block in row_blocks(rows.detach()):
             if block.numel():
                 self._append(memory_of(block.contiguous().cpu()))
 
@@ -176,97 +152,13 @@ class SafetensorsWriter:
         hashing = self._hasher.submit(self._digest.update, data)  # takes as long as the writing does
         try:
             while data:
-                written = os.write(self._descriptor, data[:_REQUEST_BYTES])
+                written = os.write(self._descriptor, data[:REQUEST_BYTES])
                 self._position += written
                 data = data[written:]
         except OSError as error:
             raise _cannot_write(self.path, error, self.size_bytes) from error
         finally:
             hashing.result()
-
-
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor (at least one element), writable, without a copy."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # a dim of extent 1 may have kept a stride of its own
-    return flat.view(torch.uint8).numpy().data
-
-
-@dataclass(frozen=True)
-class _Rectangle:
-    """Reads parts of one tensor of a file whose elements are of `dtype`."""
-
-    descriptor: int
-    path: Path
-    dtype: torch.dtype
-
-    def read(
-        self, offset: int, shape: tuple[int, ...], start: tuple[int, ...], size: tuple[int, ...], out: torch.Tensor
-    ) -> None:
-        """Fill `out` from the rectangle `start`, `size` of a tensor of `shape` whose data begin at byte `offset`."""
-        if size[1:] == shape[1:]:  # one run of the file (a vector, whole rows, a scalar)
-            row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
-            self._read_run(offset + (start[0] * row_bytes if start else 0), out)
-        elif len(shape) == 2:
-            self._read_columns(offset, shape[1], start, out)
-        else:
-            inner_bytes = math.prod(shape[1:]) * self.dtype.itemsize
-            for index in range(size[0]):
-                self.read(offset + (start[0] + index) * inner_bytes, shape[1:], start[1:], size[1:], out[index])
-
-    def _read_run(self, offset: int, out: torch.Tensor) -> None:
-        if out.dtype == self.dtype and out.is_contiguous() and out.device.type == "cpu":
-            _pread(self.descriptor, self.path, offset, memory_of(out))
-            return
-        for block in _row_blocks(out, self.dtype.itemsize):
-            buffer = torch.empty(block.shape, dtype=self.dtype)
-            _pread(self.descriptor, self.path, offset, memory_of(buffer))
-            block.copy_(buffer)
-            offset += buffer.numel() * self.dtype.itemsize
-
-    def _read_columns(self, offset: int, columns: int, start: tuple[int, ...], out: torch.Tensor) -> None:
-        """Part of each row. Rows are read whole where they are short, else only the part that is wanted."""
-        width, row_bytes = out.shape[1], columns * self.dtype.itemsize
-        through = row_bytes - width * self.dtype.itemsize <= _GAP_BYTES
-        span = columns if through else width  # elements of a row that are read
-        left = 0 if through else start[1]
-        row = start[0]
-        for block in _row_blocks(out, self.dtype.itemsize, span):
-            rows = block.shape[0]
-            buffer = torch.empty(rows, span, dtype=self.dtype)
-            begin = offset + row * row_bytes + left * self.dtype.itemsize
-            if through:
-                _pread(self.descriptor, self.path, begin, memory_of(buffer))
-                block.copy_(buffer[:, start[1] : start[1] + width])
-            else:
-                memory = memory_of(buffer)
-                part = width * self.dtype.itemsize
-                for index in range(rows):
-                    _pread(
-                        self.descriptor, self.path, begin + index * row_bytes, memory[index * part : (index + 1) * part]
-                    )
-                block.copy_(buffer)
-            row += rows
-
-
-def _row_blocks(tensor: torch.Tensor, itemsize: int = 0, columns: int = 0) -> Sequence[torch.Tensor]:
-    """The tensor as blocks of rows that take at most BLOCK_BYTES (or one row) each."""
-    if tensor.dim() == 0:
-        return [tensor]
-    row_bytes = (columns or math.prod(tensor.shape[1:])) * (itemsize or tensor.dtype.itemsize)
-    return tensor.split(max(1, BLOCK_BYTES // max(row_bytes, 1)))
-
-
-def _pread(descriptor: int, path: Path, offset: int, memory: memoryview) -> None:
-    while memory:
-        try:
-            count = os.preadv(descriptor, [memory[:_REQUEST_BYTES]], offset)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read at byte {offset:,} ({error.strerror}).") from error
-        if count == 0:
-            raise CheckpointError(f"{path} ended at byte {offset:,} while it was read: it was truncated meanwhile.")
-        offset += count
-        memory = memory[count:]
 
 
 def _cannot_write(path: Path, error: OSError, size_bytes: int) -> CheckpointError:
@@ -295,7 +187,7 @@ def _read_header(descriptor: int, path: Path) -> tuple[dict[str, Entry], dict[st
     if size_bytes < 8:
         raise CheckpointError(f"{path} has {size_bytes} bytes: a safetensors file has at least 8. Copy it again.")
     prefix = bytearray(8)
-    _pread(descriptor, path, 0, memoryview(prefix))
+    pread(descriptor, path, 0, memoryview(prefix))
     length = int.from_bytes(prefix, "little")
     if length > _HEADER_LIMIT_BYTES:
         raise CheckpointError(f"{path} is not a safetensors file: its header would take {length:,} bytes.")
@@ -304,7 +196,7 @@ def _read_header(descriptor: int, path: Path) -> tuple[dict[str, Entry], dict[st
             f"{path} is truncated: it has {size_bytes:,} bytes, its header alone takes {8 + length:,}. Copy it again."
         )
     text = bytearray(length)
-    _pread(descriptor, path, 8, memoryview(text))
+    pread(descriptor, path, 8, memoryview(text))
     try:
         header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", None) or {}

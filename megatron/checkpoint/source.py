@@ -8,25 +8,28 @@ and a rank's reads touch only the files and rows it asks for.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import yaml
 
 from megatron.checkpoint.huggingface import (
     MODEL_CONFIG,
+    PICKLE,
+    PICKLE_INDEX,
     SHARD_INDEX,
     SINGLE,
     index_huggingface,
     is_huggingface,
     read_config,
-    refuse_pickles,
     with_prefix,
 )
 from megatron.checkpoint.index import Index, StoredPiece, StoredTensor
 from megatron.checkpoint.manager import newest_checkpoint, read_pointer
+from megatron.checkpoint.meta import PARAMS, index_meta, is_meta
 from megatron.checkpoint.native import (
     MANIFEST,
     RUN_CONFIG,
@@ -37,6 +40,8 @@ from megatron.checkpoint.native import (
     step_of,
 )
 from megatron.checkpoint.safetensors_file import SafetensorsReader
+from megatron.checkpoint.strided import Entry
+from megatron.checkpoint.torch_file import SUFFIXES, TorchReader
 from megatron.model.families import FAMILIES
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
@@ -44,32 +49,57 @@ from megatron.utils.errors import CheckpointError
 _OPEN_FILES = 128  # a process may hold about a thousand, and a checkpoint of many ranks has more
 
 
+Format = Literal["huggingface", "native", "meta", "megatron-llm"]
+
+
+class Reader(Protocol):
+    """An open file of tensors."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
+
+    def read(self, name: str, slices: Sequence[slice] | None, out: torch.Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_file(path: Path) -> Reader:
+    """Open a file of tensors of whichever kind its name tells; raises CheckpointError."""
+    return TorchReader(path) if path.suffix in SUFFIXES else SafetensorsReader(path)
+
+
 class Source:
     """An opened model. Use it as a context manager, or call `close`."""
 
-    def __init__(self, folder: Path, index: Index, weight_files: list[str], manifest: Manifest | None) -> None:
-        self.folder = folder
-        self.index = index
-        self.weight_files = weight_files
-        self.manifest = manifest  # None for a Hugging Face folder
-        self.model_config: dict[str, Any] = read_config(folder)
-        self.tokenizer_files: list[Path] = carried_files(folder)
+    def __init__(
+        self,
+        folder: Path,
+        index: Index,
+        weight_files: list[str],
+        *,
+        format: Format,
+        model_config: dict[str, Any],
+        manifest: Manifest | None = None,
+        state: dict[str, Any] | None = None,
+        tokenizer_folder: Path | None = None,
+    ) -> None:
+        """`state` is what the trainer saved of itself, where no manifest holds it."""
+        self.folder, self.index, self.weight_files = folder, index, weight_files
+        self.format: Format = format
+        self.manifest = manifest  # None where it is no checkpoint of ours
+        self.model_config = model_config
+        self.tokenizer_files: list[Path] = carried_files(tokenizer_folder or folder)
         self.run_config: dict[str, Any] | None = None if manifest is None else _read_run_config(folder / RUN_CONFIG)
-        self._readers: OrderedDict[str, SafetensorsReader] = OrderedDict()
-
-    @property
-    def format(self) -> Literal["huggingface", "native"]:
-        return "huggingface" if self.manifest is None else "native"
-
-    @property
-    def state(self) -> dict[str, Any] | None:
-        """What the trainer saved of itself; None for a model that carries no training state."""
-        return None if self.manifest is None else self.manifest.state
+        self.state = manifest.state if manifest is not None else state
+        self._readers: OrderedDict[str, Reader] = OrderedDict()
 
     @property
     def step(self) -> int:
         """The step after which it was saved; 0 for a model that carries no training state."""
-        return 0 if self.manifest is None else self.manifest.step
+        return int((self.state or {}).get("step", 0)) if self.manifest is None else self.manifest.step
 
     @property
     def has_optimizer(self) -> bool:
@@ -106,7 +136,8 @@ class Source:
                 common = piece.region.intersect(region)
                 if common is not None:
                     reader = self._reader(piece)
-                    reader.read(piece.key, common.within(piece.region), out[common.within(region)])
+                    view = out[common.within(region)]
+                    reader.read(piece.key, piece.slices(common), view.t() if piece.transposed else view)
                     found += common.numel
         assert found == region.numel, (region, found)  # the index has only tensors that their pieces fill exactly
 
@@ -128,24 +159,25 @@ class Source:
             raise CheckpointError(f"{self.folder} has no {kind} of {name}{held}.")
         return stored
 
-    def _reader(self, piece: StoredPiece) -> SafetensorsReader:
+    def _reader(self, piece: StoredPiece) -> Reader:
         """The open file of a piece, the least recently used one being closed for it where there are too many."""
         reader = self._readers.pop(piece.file, None)
         if reader is None:
             if len(self._readers) >= _OPEN_FILES:
                 self._readers.popitem(last=False)[1].close()
-            reader = SafetensorsReader(self.folder / piece.file)
+            reader = open_file(self.folder / piece.file)
         self._readers[piece.file] = reader
         entry = reader.entries.get(piece.key)
-        if entry is None or entry.shape != piece.region.size or entry.dtype != piece.dtype:
+        if entry is None or not piece.fits(entry.shape) or entry.dtype != piece.dtype:
             raise CheckpointError(
-                f"{reader.path} does not hold {piece.key} as {MANIFEST} says ({entry}): it is another save's file."
+                f"{reader.path} does not hold {piece.key} as {MANIFEST if self.manifest else 'it did'} says ({entry}): "
+                "it is another save's file."
             )
         return reader
 
 
 def open_source(path: str | Path) -> Source:
-    """Open a Hugging Face folder, a step folder of ours, or the newest whole checkpoint of a save folder.
+    """Open a folder of Hugging Face's, Meta's or ours, or the newest whole checkpoint of a save folder.
 
     Raises CheckpointError that says what was looked for.
     """
@@ -158,22 +190,27 @@ def open_source(path: str | Path) -> Source:
         check_sizes(folder, manifest)
         weights = manifest.index.get("weights", {})
         weight_files = sorted({piece.file for stored in weights.values() for piece in stored.pieces})
-        return Source(folder, manifest.index, weight_files, manifest)
+        config = read_config(folder)
+        return Source(folder, manifest.index, weight_files, format="native", model_config=config, manifest=manifest)
     if is_huggingface(folder):
         tensors, weight_files = index_huggingface(folder)
-        family = FAMILIES.get(str(read_config(folder).get("model_type")))
+        config = read_config(folder)
+        family = FAMILIES.get(str(config.get("model_type")))
         if family is not None:
             tensors = with_prefix(tensors, family.prefix, {f"{family.head}.weight"})
-        return Source(folder, {"weights": tensors}, weight_files, None)
+        return Source(folder, {"weights": tensors}, weight_files, format="huggingface", model_config=config)
+    if is_meta(folder):
+        tensors, weight_files, config = index_meta(folder)
+        return Source(folder, {"weights": tensors}, weight_files, format="meta", model_config=config)
     if read_pointer(folder) is not None or any(step_of(child.name) is not None for child in folder.iterdir()):
         newest = newest_checkpoint(folder)
         if newest is None:
             raise CheckpointError(f"{folder} holds no whole checkpoint: every folder in it is incomplete.")
         return open_source(newest)
-    refuse_pickles(folder)
     raise CheckpointError(
         f"{folder} is neither a model nor a checkpoint: looked for {MANIFEST} (a checkpoint), step_… folders (a save "
-        f"folder), {SINGLE} and {SHARD_INDEX} (a Hugging Face model)."
+        f"folder), {SINGLE} and {SHARD_INDEX} or {PICKLE} and {PICKLE_INDEX} (a Hugging Face model), {PARAMS} and "
+        "consolidated.00.pth (Meta's)."
     )
 
 
@@ -181,8 +218,10 @@ def what_makes_it_a_model(folder: Path) -> str | None:
     """The file by which a folder is a model itself and no place for checkpoints; None where there is none."""
     if (folder / MANIFEST).is_file():
         return MANIFEST
-    weights = sorted(path.name for path in folder.glob("*.safetensors"))
-    return weights[0] if weights and (folder / MODEL_CONFIG).is_file() else None
+    weights = sorted(path.name for ending in ("*.safetensors", "*.bin") for path in folder.glob(ending))
+    if weights and (folder / MODEL_CONFIG).is_file():
+        return weights[0]
+    return PARAMS if is_meta(folder) else None
 
 
 def _read_run_config(path: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ _FORMATS: dict[str, Format] = {"hf": "huggingface", "native": "native"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.add_argument("source", metavar="SRC", type=Path, help="Hugging Face folder, checkpoint or save folder")
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder of a model (Hugging Face's, Meta's), checkpoint or save folder")
     parser.add_argument("destination", metavar="DST", type=Path, help="new folder to write")
     parser.add_argument(
         "--to", choices=("hf", "native"), help="format to write (default: the other one than the source's)"

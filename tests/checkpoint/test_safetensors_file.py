@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint import safetensors_file
+from megatron.checkpoint import strided
 from megatron.checkpoint.safetensors_file import DTYPES, SafetensorsReader, SafetensorsWriter
 from megatron.utils.errors import CheckpointError
 
@@ -100,8 +100,8 @@ def test_any_rectangle_into_any_strides(tmp_path_factory, gap: int, data: st.Dat
     out = torch.full([2 * extent for extent in expected.shape], -1, dtype=dtype)
     view = out[tuple(slice(0, None, 2) for _ in shape)] if data.draw(st.booleans()) else torch.empty_like(whole[slices])
     with pytest.MonkeyPatch.context() as patch, SafetensorsReader(path) as reader:
-        patch.setattr(safetensors_file, "_GAP_BYTES", gap)
-        patch.setattr(safetensors_file, "BLOCK_BYTES", data.draw(st.sampled_from([4, 64, 2**20])))
+        patch.setattr(strided, "_GAP_BYTES", gap)
+        patch.setattr(strided, "BLOCK_BYTES", data.draw(st.sampled_from([4, 64, 2**20])))
         reader.read("x", slices, view)
     assert torch.equal(view.to(torch.float64), expected)
     if view.dim() and view.numel() and view.data_ptr() == out.data_ptr():

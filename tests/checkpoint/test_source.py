@@ -94,7 +94,10 @@ FAULTS = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json cannot be read \(No such file"),
     "config damaged": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "does not hold a JSON object"),
-    "pickles only": (lambda f: (f / INDEX).unlink(), r"pytorch_model\.bin, a pickle.*save_pretrained"),
+    "no weights but a damaged pickle": (
+        lambda f: (f / INDEX).unlink(),
+        r"pytorch_model\.bin is not a whole file of torch",
+    ),
     "nothing": (
         lambda f: [(f / INDEX).unlink(), (f / "pytorch_model.bin").unlink()],
         r"looked for checkpoint\.json.*step_.*model\.safetensors and model\.safetensors\.index\.json",

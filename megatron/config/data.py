@@ -50,8 +50,9 @@ class DataConfig:
     )
     split: str | None = key(
         None,
-        "Megatron's split string, as `969,30,1`: of each pair of data.train, in file order, the parts for training, "
-        "for validation (then data.validation is left out) and for a test. null: all is for training.",
+        "Megatron's split string, as `969,30,1`: of each pair of data.train, in file order (of conversations in the "
+        "random order of Megatron-LLM), the parts for training, for validation (then data.validation is left out) and "
+        "for a test. null: all is for training.",
     )
     split_rounding: Literal["megatron-llm", "megatron-core"] = key(
         "megatron-llm",

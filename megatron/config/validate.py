@@ -108,14 +108,21 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
 def _kind_problems(data: DataConfig) -> Iterator[Problem]:
     """What goes with one kind of data and not with the other."""
     if data.kind == "pretraining":
-        given = [name for name in ("packing", "prompt_loss_weight", "pad_token_id") if getattr(data, name)]
-        for name in given:
+        given = {"packing": data.packing, "prompt_loss_weight": data.prompt_loss_weight != 0,
+                 "pad_token_id": data.pad_token_id is not None}  # fmt: skip
+        for name in (name for name in given if given[name]):
             yield Problem(
                 ("data.kind", f"data.{name}"),
                 f"data.{name}={show(getattr(data, name))} with data.kind=pretraining: it is for conversations; use "
                 f"data.kind=instruction, or leave data.{name} out",
             )
         return
+    if data.samples is not None:
+        yield Problem(
+            ("data.kind", "data.samples"),
+            f"data.samples={data.samples} with data.kind=instruction: no order of conversations depends on it; leave "
+            "it out",
+        )
     if data.document_mask:
         yield Problem(
             ("data.kind", "data.document_mask"),

@@ -12,7 +12,7 @@ from megatron.config.data import Blend as ConfiguredBlend
 from megatron.data.blend import Blend, MegatronChoices, StableChoices, Stage, member_samples, normalised
 from megatron.data.dataset import ENDLESS, Dataset
 from megatron.data.indexed import IndexedReader, require_pair
-from megatron.data.instruction.pair import text_prefix
+from megatron.data.instruction.pair import require_conversations, require_no_conversations, text_prefix
 from megatron.data.native import greedy_choices
 from megatron.data.pretraining import MegatronOrderDataset, StableOrderDataset, StoredDataset
 from megatron.data.provenance import provenance_path, read_provenance
@@ -196,11 +196,15 @@ def source_names(prefixes: Sequence[str]) -> list[str]:
 
 
 def data_prefixes(config: DataConfig) -> list[str]:
-    """The pairs of tokens that a configuration reads, each once."""
+    """The pairs of tokens that a configuration reads, each once. Raises DataError where data are of the other kind."""
     named = [source for source in (config.train, config.validation) if source is not None and source != SYNTHETIC]
     stages = [stage for source in named for stage in blends_of(source)]
     prefixes = dict.fromkeys(prefix for stage in stages for _, prefix in stage.blend)
-    return [text_prefix(prefix) if config.kind == "instruction" else prefix for prefix in prefixes]
+    if config.kind == "pretraining":
+        _for_each(prefixes, require_no_conversations)
+        return list(prefixes)
+    _for_each(prefixes, require_conversations)
+    return [text_prefix(prefix) for prefix in prefixes]
 
 
 def check_tokenizer(prefixes: Iterable[str], tokenizer: Path | None, vocab_size: int) -> None:

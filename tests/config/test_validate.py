@@ -51,6 +51,46 @@ from megatron.utils.errors import ConfigError
             (["--data.validation=[a, b]"],),
         ),
         (
+            ["--data.packing=true"],
+            "data.packing=true with data.kind=pretraining: it is for conversations",
+            (["--data.kind=instruction"], ["--data.packing=false"]),
+        ),
+        (
+            ["--data.prompt_loss_weight=0.1"],
+            "data.prompt_loss_weight=0.1 with data.kind=pretraining",
+            (["--data.kind=instruction"], ["--data.prompt_loss_weight=0"]),
+        ),
+        (
+            ["--data.pad_token_id=0"],
+            "data.pad_token_id=0 with data.kind=pretraining",
+            (["--data.kind=instruction"], ["--data.pad_token_id=null"]),
+        ),
+        (
+            ["--data.kind=instruction", "--data.document_mask=true"],
+            "conversations never see each other",
+            (["--data.document_mask=false"], ["--data.kind=pretraining"]),
+        ),
+        (
+            ["--data.kind=instruction", "--data.samples=9999"],
+            "no order of conversations depends on it",
+            (["--data.samples=null"], ["--data.kind=pretraining"]),
+        ),
+        (
+            ["--data.kind=instruction", "--data.train=synthetic"],
+            "random tokens have no roles",
+            (["--data.train=x"], ["--data.kind=pretraining"]),
+        ),
+        (
+            ["--data.kind=instruction", "--data.train=[{from_tokens: 0, blend: a}, {from_tokens: 9, blend: b}]"],
+            "give one blend, or train in several runs",
+            (["--data.train=[a, b]"], ["--data.kind=pretraining"]),
+        ),
+        (
+            ["--data.kind=instruction", "--data.packing=true", "--kernels.attention=eager"],
+            "kernels.attention=eager with data.packing=true",
+            (["--kernels.attention=auto"], ["--data.packing=false"]),
+        ),
+        (
             ["--train.global_batch=[[0, 4], [1e6, 9]]", "--train.micro_batch=2"],
             "train.global_batch=9 is not divisible by train.micro_batch=2",
             (["--train.global_batch=[[0, 4], [1e6, 8]]"],),

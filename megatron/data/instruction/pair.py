@@ -7,6 +7,7 @@ names and every check on them.
 from __future__ import annotations
 
 from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ class ConversationPair:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = clean_prefix(prefix)
-        _require_conversations(self.prefix)
+        require_conversations(self.prefix)
         self._text, self._role = IndexedReader(text_prefix(prefix)), IndexedReader(role_prefix(prefix))
         self.sizes: NDArray[np.int32] = self._text.sizes
         self.num_tokens: int = self._text.num_tokens
@@ -80,13 +81,19 @@ class ConversationPair:
         return f"{self._text.bin_path} (sequence {sequence})"
 
 
-def is_conversations(prefix: str) -> bool:
-    """Whether there are files of conversations with this prefix."""
-    return all(path.is_file() for path in pair_paths(text_prefix(prefix)))
+def require_no_conversations(prefix: str) -> None:
+    """Raise DataError where a prefix is not of a pair of tokens but of conversations."""
+    pair, text, role = _files(prefix)
+    if text and role and not pair:
+        raise DataError(
+            f"{prefix} is of conversations ({text[0].name}, {role[0].name}): data.kind=pretraining reads a pair of "
+            "tokens; use data.kind=instruction for these"
+        )
 
 
-def _require_conversations(prefix: str) -> None:
-    pair, text, role = ([path for path in pair_paths(p) if path.is_file()] for p in (prefix, *_both(prefix)))
+def require_conversations(prefix: str) -> None:
+    """Raise DataError, saying what is there instead, unless all files of conversations exist."""
+    pair, text, role = _files(prefix)
     if pair and not text and not role:
         raise DataError(
             f"{prefix} is a pair of plain token data: data.kind=instruction reads {text_prefix(prefix)} and "
@@ -94,6 +101,11 @@ def _require_conversations(prefix: str) -> None:
         )
     for one in _both(prefix):
         require_pair(one)
+
+
+def _files(prefix: str) -> list[list[Path]]:
+    """The files that there are: of the prefix itself, of its tokens, of its roles."""
+    return [[path for path in pair_paths(one) if path.is_file()] for one in (prefix, *_both(prefix))]
 
 
 def _both(prefix: str) -> tuple[str, str]:

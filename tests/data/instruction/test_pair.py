@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron.data.indexed import IndexedWriter
-from megatron.data.instruction.pair import ConversationPair, role_prefix, text_prefix
+from megatron.data.instruction.pair import ConversationPair, require_no_conversations, role_prefix, text_prefix
 from megatron.utils.errors import DataError
 
 from .conftest import MakeConversations, write_conversations
@@ -102,6 +102,9 @@ def test_other_files_are_told_apart(tmp_path: Path, make_conversations: MakeConv
     with pytest.raises(DataError, match=r"plain is a pair of plain token data.*data.kind=pretraining"):
         ConversationPair(str(tmp_path / "plain"))
     prefix = make_conversations([([1, 2], [1, 2])])
+    with pytest.raises(DataError, match=r"orca is of conversations \(orca-text.bin, orca-role.bin\).*data.kind=instr"):
+        require_no_conversations(prefix)
+    require_no_conversations(str(tmp_path / "plain"))
     Path(role_prefix(prefix) + ".idx").unlink()
     with pytest.raises(DataError, match=r"orca-role.idx is missing, though orca-role.bin is there"):
         ConversationPair(prefix)

@@ -15,6 +15,7 @@ from typing import Protocol
 from megatron.tokenizer.forms import SPACE_MARK
 
 PART_CHARACTERS = 1 << 16
+_SEARCHED_CHARACTERS = 1 << 12
 Part = tuple[str, int]  # a text, and how many of its first ids are to be left out
 
 _SPACES = " " + SPACE_MARK
@@ -55,11 +56,12 @@ class MarkedSpaceCutter:
     def _cuts(self, text: str) -> Iterator[int]:
         at = self._part_characters
         while at < len(text) - 1:
-            if self._is_cut(text[at - 1], text[at], text[at + 1]):
-                yield at
-                at += self._part_characters
-            else:
-                at += 1
+            # Where there is no cut for so long, there hardly is one soon: most of such a text is not looked at.
+            end = min(at + min(self._part_characters, _SEARCHED_CHARACTERS), len(text) - 1)
+            cut = next((at for at in range(at, end) if self._is_cut(text[at - 1], text[at], text[at + 1])), None)
+            if cut is not None:
+                yield cut
+            at = (end if cut is None else cut) + self._part_characters
 
     def _is_cut(self, before: str, first: str, second: str) -> bool:
         if before in _SPACES:

@@ -1,9 +1,9 @@
 """Strings that tokenizers get wrong, made from a seed; and a command that holds every engine to the reference on them.
 
-    python -m tests.tokenizer.adversarial TOKENIZER [--strings 1000000] [--seed 0] [--engine NAME] [--json FILE]
+    python -m tests.tokenizer.adversarial TOKENIZER [--strings 1000000] [--seed 0] [--data ../shared/data]
 
-encodes that many strings by the engine and by the tokenizer's own library, says how many differ and shows the first,
-and ends with exit code 1 if any does.
+encodes that many strings, some very long lines and, with --data, all real text in that folder, by the engine and by the
+tokenizer's own library, says how many differ and shows the first, and ends with exit code 1 if any does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.tokenizer import Tokenizer, load_tokenizer
+from tests.tokenizer.real_text import real_texts
 
 _TEXT = (
     "the patient was given aspirin for pain and fever after a day of rest Ärzte naïve coöperate mg/dL β-blocker HbA1c "
@@ -198,6 +199,7 @@ def main() -> int:
     parser.add_argument("tokenizer", type=Path, help="tokenizer.model, tokenizer.json, vocab.json, or a folder")
     parser.add_argument("--strings", type=int, default=1_000_000, help="how many (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="real text, as ../shared/data has it")
     parser.add_argument("--long", type=int, default=1_000_000, metavar="CHARACTERS", help="length of the long lines")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments = parser.parse_args()
@@ -208,12 +210,17 @@ def main() -> int:
         texts = [next(generator) for _ in range(min(1000, arguments.strings - number))]
         characters += sum(map(len, texts))
         found.update(differences(tokenizer, texts))
+    real_characters = 0
+    for text in real_texts(arguments.data) if arguments.data else ():
+        real_characters += len(text)
+        found.update(differences(tokenizer, [text]))
     for name, text in long_texts(arguments.long).items():
         found.update(f"a long line ({name})" for _ in differences(tokenizer, [text]))
     figures = {
         "engine": tokenizer.engine,
         "strings": arguments.strings,
         "characters": characters,
+        "characters of real text": real_characters,
         "seconds": round(time.monotonic() - start),
         "different": sum(found.values()),
         "first": [ascii(text[:200]) for text in list(found)[:20]],

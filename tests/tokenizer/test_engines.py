@@ -6,8 +6,6 @@ import json
 import logging
 import re
 import sys
-import tarfile
-import zipfile
 from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
@@ -25,6 +23,7 @@ from megatron.tokenizer.forms import Form
 from megatron.utils.errors import DataError
 from tests.tokenizer.adversarial import Generator, differences, long_texts, pieces_of
 from tests.tokenizer.conftest import train_sentencepiece
+from tests.tokenizer.real_text import real_texts
 
 STRINGS = 5_000
 MISTRAL = "data/tokenizers/mistral_v1_tokenizer.model"
@@ -64,23 +63,9 @@ def test_a_generated_string_has_the_librarys_ids_with_real_vocabularies(shared: 
 
 @pytest.mark.parametrize("kind", REAL)
 def test_real_text_has_the_librarys_ids(shared: Path, kind: str) -> None:
-    texts = real_texts(shared / "data", every=40 if kind == next(iter(REAL)) else 200)
+    texts = list(real_texts(shared / "data", every=40 if kind == next(iter(REAL)) else 200))
     assert len(texts) > 50
     assert differences(load_tokenizer(shared / REAL[kind]), texts) == []
-
-
-def real_texts(data: Path, every: int) -> list[str]:
-    """One in `every` of the texts in the shared data, of all its kinds."""
-    raw: list[bytes] = []
-    for archive in ("medquad_ccby4.tar.gz", "guidelines/nstg2022.tar.gz"):
-        with tarfile.open(data / archive) as files:
-            members = [member for member in files if member.isfile()]
-            raw += [files.extractfile(member).read() for member in members[::every]]  # type: ignore[union-attr]
-    with zipfile.ZipFile(data / "replay/movie_reviews.zip") as reviews:
-        raw += [reviews.read(name) for name in reviews.namelist()[::every]]
-    for pattern in ("jats/*", "pubmed/*", "questions/*.jsonl", "replay/public_domain/*"):
-        raw += [path.read_bytes()[:200_000] for path in sorted(data.glob(pattern))[::4] if path.is_file()]
-    return [content.decode("utf-8", errors="replace") for content in raw]
 
 
 def test_long_lines_have_the_librarys_ids(shared: Path, llama_3_folder: Path) -> None:

@@ -116,3 +116,77 @@ EXPORT void megatron_sample_index(const int32_t* sizes, const int32_t* documents
     index[2 * j + 1] = position - start;
   }
 }
+
+namespace {
+
+// The Mersenne Twister MT19937 (Matsumoto and Nishimura, 1998) on a state that is kept elsewhere.
+struct Twister {
+  static constexpr int64_t kLength = 624, kMiddle = 397;
+  uint32_t* key;
+  int64_t position;
+
+  void refill() {
+    for (int64_t i = 0; i < kLength; ++i) {
+      const uint32_t joined = (key[i] & 0x80000000u) | (key[(i + 1) % kLength] & 0x7fffffffu);
+      key[i] = key[(i + kMiddle) % kLength] ^ (joined >> 1) ^ (joined & 1 ? 0x9908b0dfu : 0u);
+    }
+    position = 0;
+  }
+
+  uint32_t next() {
+    if (position == kLength) refill();
+    uint32_t word = key[position++];
+    word ^= word >> 11;
+    word ^= (word << 7) & 0x9d2c5680u;
+    word ^= (word << 15) & 0xefc60000u;
+    return word ^ (word >> 18);
+  }
+
+  // 0 … most, alike often: words under the smallest mask that holds `most`, until one is not above it.
+  uint32_t below(uint32_t most) {
+    const uint32_t mask = 0xffffffffu >> __builtin_clz(most);
+    uint32_t word;
+    do word = next() & mask;
+    while (word > most);
+    return word;
+  }
+};
+
+template <typename Number>
+void shuffle(Twister& twister, Number* numbers, int64_t count) {
+  constexpr int64_t kBlock = 256;
+  uint32_t partners[kBlock];
+  int64_t last = count - 1;
+  while (last > 0) {
+    const int64_t block = last < kBlock ? last : kBlock;
+    // Where to is drawn ahead of the exchanges, so that memory answers meanwhile: it is what the time goes into.
+    for (int64_t k = 0; k < block; ++k) {
+      partners[k] = twister.below(static_cast<uint32_t>(last - k));
+      __builtin_prefetch(numbers + partners[k], 1);
+    }
+    for (int64_t k = 0; k < block; ++k) {
+      const Number kept = numbers[last - k];
+      numbers[last - k] = numbers[partners[k]];
+      numbers[partners[k]] = kept;
+    }
+    last -= block;
+  }
+}
+
+}  // namespace
+
+// The Fisher-Yates shuffle of numpy's RandomState: `key` and `position` are its state before and after. `bytes` is the
+// size of a number, 4 or 8; 0 if it is, and if there are at most 2^32 of them.
+EXPORT int megatron_shuffle(uint32_t* key, int64_t* position, void* numbers, int64_t bytes, int64_t count) {
+  if (count > (int64_t{1} << 32)) return -1;
+  Twister twister{key, *position};
+  if (bytes == 4) {
+    shuffle(twister, static_cast<uint32_t*>(numbers), count);
+  } else if (bytes == 8) {
+    shuffle(twister, static_cast<uint64_t*>(numbers), count);
+  } else {
+    return -1;
+  }
+  *position = twister.position;
+  return 0;
+}

@@ -17,9 +17,19 @@ def run(arguments: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from megatron.kernels.diagnosis import diagnose
+    from megatron.data import native
+    from megatron.kernels.diagnosis import Fact, diagnose
 
-    facts = diagnose()
+    compiled = native.load() is not None
+    facts = [
+        *diagnose(),
+        Fact(
+            "data helpers",
+            compiled,
+            "compiled" if compiled else "not built: samples are found and copied in numpy, slower",
+            None if compiled else "install a C++ compiler and install this package again",
+        ),
+    ]
     if arguments.json:
         print(json.dumps({"facts": [dataclasses.asdict(fact) for fact in facts]}))
         return 0

@@ -71,14 +71,14 @@ def _is_separate(last_epoch_samples: int, samples_per_epoch: int) -> bool:
 
 def _shuffled_block(generator: np.random.RandomState, documents: NDArray[np.int32], copies: int) -> NDArray[np.int32]:
     block = np.tile(documents, copies)
-    generator.shuffle(block)
+    native.shuffle(generator, block)
     return block
 
 
 def _permutation(generator: np.random.RandomState, low: int, high: int, total: int) -> NDArray[np.integer]:
     dtype = np.dtype(np.uint32 if total < _UINT32_SAMPLES else np.int64)
     numbers: NDArray[np.integer] = np.arange(low, high).astype(dtype)
-    generator.shuffle(numbers)
+    native.shuffle(generator, numbers)
     return numbers
 
 

@@ -109,7 +109,25 @@ def test_sample_index(sizes: list[int], sequence_length: int, copies: int, seed:
     assert native.sample_index(*arguments).tolist() == native.sample_index_in_numpy(*arguments).tolist()
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 255, 256, 257, 258, 1000, 5000])
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
+def test_shuffle_is_that_of_numpy_and_leaves_the_generator_as_it_does(count: int, dtype: type) -> None:
+    for seed in (0, 1234, 2**32 - 1):
+        ours, numpys = np.random.RandomState(seed), np.random.RandomState(seed)
+        for _ in range(3):  # from any place in the generator's state
+            mine, theirs = np.arange(count, dtype=dtype), np.arange(count, dtype=dtype)
+            native.shuffle(ours, mine)
+            numpys.shuffle(theirs)
+            assert mine.tolist() == theirs.tolist()
+            assert ours.random_sample(3).tolist() == numpys.random_sample(3).tolist()
+
+
 def test_without_compiled_code_everything_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shuffled() -> list[int]:
+        numbers = np.arange(300, dtype=np.int32)
+        native.shuffle(np.random.RandomState(7), numbers)
+        return numbers.tolist()
+
     def results() -> list[list[int]]:
         counts = [0, 0]
         rows = np.zeros((2, 2, 3), dtype=np.int64)
@@ -123,6 +141,7 @@ def test_without_compiled_code_everything_is_the_same(monkeypatch: pytest.Monkey
             KeyedPermutation(100, seed=1, epoch=0).of(np.arange(9)).tolist(),
             rows.reshape(-1).tolist(),
             list(range_),
+            shuffled(),
             native.sample_index(sizes, np.array([2, 1, 0], dtype=np.int32), 3, 2).tolist(),
         ]
 

@@ -44,6 +44,10 @@ class Library(Protocol):
         """Every id with its piece."""
         ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids that are all in `pieces`."""
+        ...
+
 
 class Engine(Protocol):
     """What encodes: one text after the other, in the thread that calls."""
@@ -111,7 +115,7 @@ def choose_engine(library: Library, open_fast: Callable[[Form, Library], Engine]
     """The fastest engine that is exact for this tokenizer; one line in the log says which, and why."""
     try:
         engine = open_fast(library.form(), library)
-        strings = self_test_strings(library.pieces().values())
+        strings = self_test_strings(library.pieces(), library.decode)
         found = engine.encode_each(strings)
         different = [text for text, ids in zip(strings, found, strict=True) if list(ids) != library.encode(text)]
     except NoForm as reason:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping
 
 from megatron.tokenizer.forms import SPACE_MARK
 
@@ -24,13 +24,13 @@ _EDGES = [
 ]  # fmt: skip
 
 
-def self_test_strings(pieces: Iterable[str]) -> list[str]:
+def self_test_strings(pieces: Mapping[int, str], decode: Callable[[list[int]], str]) -> list[str]:
     """Some hundred strings, the same at each call: edges, runs, blocks of Unicode, and some made of the pieces."""
     strings = list(_EDGES)
     for unit in (" ", SPACE_MARK, "\n", "\t", "=", "-", "a", "."):
         strings += [f"{before}{unit * count}b" for before in ("", "a") for count in (2, 3, 4, 7, 15, 16, 17, 33, 70)]
     strings += _unicode()
-    strings += _of_pieces(sorted(set(pieces)))
+    strings += _of_pieces(pieces, decode)
     return strings
 
 
@@ -42,14 +42,19 @@ def _unicode() -> list[str]:
     return ["".join(characters[at : at + 32]) for at in range(0, len(characters), 32)]
 
 
-def _of_pieces(pieces: Sequence[str]) -> list[str]:
+def _of_pieces(pieces: Mapping[int, str], decode: Callable[[list[int]], str]) -> list[str]:
     """Pieces put together, cut short, and against themselves, where the order of joining shows."""
     generator = random.Random(3)
+    ids = sorted(pieces)
     texts: list[str] = []
-    for _ in range(_FROM_VOCABULARY if pieces else 0):
-        several = generator.choices(pieces, k=5)
+    for _ in range(_FROM_VOCABULARY):
+        # Byte-level pieces are written in an alphabet of their own; decoding others may take a space from them.
+        several = [
+            pieces[identity].replace(SPACE_MARK, " ") if SPACE_MARK in pieces[identity] else decode([identity])
+            for identity in generator.choices(ids, k=5)
+        ]
         piece = max(several, key=len)
         shift = generator.randint(1, max(1, len(piece) - 1))
         halves = several[0][: len(several[0]) // 2] + several[1][len(several[1]) // 2 :]
         texts.append("".join(several) + halves + piece[:shift] + piece + piece[shift:])
-    return [text.replace(SPACE_MARK, " ") for text in texts]
+    return texts

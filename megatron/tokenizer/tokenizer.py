@@ -45,10 +45,6 @@ class Backend(Library, Protocol):
         """Cuts long texts where that changes no id; None if it is not known where that is."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids that are all in `pieces`."""
-        ...
-
 
 class _Literals:
     """Tokens that become ids where they occur in a text."""

@@ -178,8 +178,10 @@ def long_texts(characters: int) -> dict[str, str]:
 
 
 def pieces_of(tokenizer: Tokenizer) -> list[str]:
-    """The pieces of a vocabulary as they would stand in a text, byte pieces and control pieces included."""
-    return [tokenizer.decode([identity]) for identity in range(tokenizer.vocab_size)]
+    """The pieces of a vocabulary as they would stand within a text, byte pieces and control pieces included."""
+    letter = tokenizer.encode("a")[-1:]  # at the very beginning of a text, a piece would lose its space
+    before = len(tokenizer.decode(letter))
+    return [tokenizer.decode([*letter, identity])[before:] for identity in range(tokenizer.vocab_size)]
 
 
 def differences(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ _LOGGER = get_logger(__name__)
 _LOG_EVERY_S = 10.0
 _REDRAW_EVERY_S = 0.2
 _BAR_CELLS = 24
+_LEAST_BAR_CELLS = 5
 
 
 class Progress:
@@ -37,13 +38,11 @@ class Progress:
         now_s = time.monotonic()
         if now_s - self._told_s >= (_REDRAW_EVERY_S if self._on_terminal else _LOG_EVERY_S):
             self._told_s = now_s
-            line = self._line(now_s)
             if self._on_terminal:
-                width = shutil.get_terminal_size().columns - 1
-                sys.stderr.write(f"\r{line[:width]}\x1b[K")
+                sys.stderr.write(f"\r{self._bar(now_s, shutil.get_terminal_size().columns - 1)}\x1b[K")
                 sys.stderr.flush()
             else:
-                _LOGGER.info("%s", line)
+                _LOGGER.info("%s", self._line(now_s))
 
     def clear(self) -> None:
         """Remove the line that is updated, so that others can be written."""
@@ -62,16 +61,28 @@ class Progress:
         tokens = f"{format_count(self._tokens)} tokens"
         if not self._total_bytes:
             return f"{format_bytes(self._done_bytes)}, {tokens}, {self._rates(now_s)}"
-        share = min(1.0, self._done_bytes / self._total_bytes)
-        elapsed_s, done_here = now_s - self._start_s, self._done_bytes - self._begun_bytes
-        left = ""
-        if done_here > 0:
-            left_s = elapsed_s * (self._total_bytes - self._done_bytes) / done_here
-            left = f", about {format_duration(max(0.0, left_s))} left"
-        filled = int(share * _BAR_CELLS)
-        bar = f"[{'#' * filled}{'.' * (_BAR_CELLS - filled)}] " if self._on_terminal else ""
-        of = f"{format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)} ({100 * share:.0f} %)"
-        return f"{bar}{of}, {tokens}, {self._rates(now_s)}{left}"
+        of = f"{format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)} ({100 * self._share:.0f} %)"
+        return f"{of}, {tokens}, {self._rates(now_s)}{self._left(now_s)}"
+
+    def _bar(self, now_s: float, columns: int) -> str:
+        if not self._total_bytes:
+            return self._line(now_s)[:columns]
+        of = f"{100 * self._share:.0f} % of {format_bytes(self._total_bytes)}"
+        text = f"{of}, {self._rates(now_s)}{self._left(now_s)}"
+        cells = min(_BAR_CELLS, columns - len(text) - len("[] "))
+        filled = int(self._share * cells)
+        return (f"[{'#' * filled}{'.' * (cells - filled)}] " if cells >= _LEAST_BAR_CELLS else "") + text[:columns]
+
+    @property
+    def _share(self) -> float:
+        return min(1.0, self._done_bytes / (self._total_bytes or 1))
+
+    def _left(self, now_s: float) -> str:
+        done_here = self._done_bytes - self._begun_bytes
+        if self._total_bytes is None or done_here <= 0:
+            return ""
+        left_s = (now_s - self._start_s) * (self._total_bytes - self._done_bytes) / done_here
+        return f", about {format_duration(max(0.0, left_s))} left"
 
     def _rates(self, now_s: float) -> str:
         elapsed_s = max(now_s - self._start_s, 1e-9)

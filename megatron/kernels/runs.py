@@ -5,7 +5,7 @@ Everywhere, it is `ranged_attention`; on a GPU in bf16, the variable-length flas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,17 +33,24 @@ class Runs:
 
     Causal: each query's run ends one key behind that of the query before it; queries with the same start are one
     document, whose keys no other document has. Otherwise all runs end at the same key. No sample has more than
-    `documents` different starts.
+    `documents` different starts. A `window` leaves of each run the last keys only, as many as it says; the runs are
+    then causal.
     """
 
     start: torch.Tensor
     stop: torch.Tensor
     documents: int
     causal: bool
+    window: int | None = None
+
+    @property
+    def first(self) -> torch.Tensor:
+        """The first key of each query, i32[b, s]."""
+        return self.start if self.window is None else torch.maximum(self.start, self.stop - self.window)
 
     def of(self, queries: slice) -> Runs:
         """The runs of some of the queries."""
-        return Runs(self.start[:, queries], self.stop[:, queries], self.documents, self.causal)
+        return replace(self, start=self.start[:, queries], stop=self.stop[:, queries])
 
 
 def run_attention(
@@ -52,8 +59,10 @@ def run_attention(
     """query [b, heads, s, d], key and value [b, kv heads, t, d] → mixed values [b, heads, s, d] and the log-sum-exp of
     the scaled scores [b, heads, s], −∞ for queries without keys. Not differentiable: see `run_attention_backward`."""
     if _by_flash(query):
-        return varlen_attention(query, key, value, runs.start, runs.stop, runs.documents, runs.causal)
-    return ranged_attention(query, key, value, runs.start, runs.stop)
+        return varlen_attention(
+            query, key, value, runs.start, runs.stop, runs.documents, runs.causal, window=runs.window
+        )
+    return ranged_attention(query, key, value, runs.first, runs.stop)
 
 
 def run_attention_backward(
@@ -68,9 +77,19 @@ def run_attention_backward(
     """Gradients of query, key and value; `mixed` and `log_sum_exp` may be over more keys than are given."""
     if _by_flash(query):
         return varlen_attention_backward(
-            grad, query, key, value, mixed, log_sum_exp, runs.start, runs.stop, runs.documents, runs.causal
+            grad,
+            query,
+            key,
+            value,
+            mixed,
+            log_sum_exp,
+            runs.start,
+            runs.stop,
+            runs.documents,
+            runs.causal,
+            window=runs.window,
         )
-    return ranged_attention_backward(grad, query, key, value, mixed, log_sum_exp, runs.start, runs.stop)
+    return ranged_attention_backward(grad, query, key, value, mixed, log_sum_exp, runs.first, runs.stop)
 
 
 def whole_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: Runs) -> torch.Tensor:

@@ -53,12 +53,14 @@ def varlen_attention(
     documents: int,
     causal: bool,
     forward: Forward | None = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `run_attention`: query [b, heads, s, d] → mixed [b, heads, s, d], log-sum-exp f32[b, heads, s]."""
     segments = segments_of(start, stop, documents, key.shape[2])
     forward = forward or torch.ops.aten._flash_attention_forward
     packed = [_pack(tensor) for tensor in (query, key, value)]
-    mixed, log_sum_exp, *_ = forward(*packed, *_arguments(segments), 0.0, causal, False, scale=_scale(query))
+    options = {"scale": _scale(query), **_window_arguments(window)}
+    mixed, log_sum_exp, *_ = forward(*packed, *_arguments(segments), 0.0, causal, False, **options)
     empty = (start >= stop).unsqueeze(1)  # [b, 1, s]; what is said of a query without keys differs between releases
     mixed = _unpack(mixed, query).masked_fill(empty.unsqueeze(-1), 0.0)
     return mixed, _per_sample(log_sum_exp, query).masked_fill(empty, -torch.inf)
@@ -76,6 +78,7 @@ def varlen_attention_backward(
     documents: int,
     causal: bool,
     backward: Forward | None = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `run_attention_backward`; the log-sum-exp must be finite, as it is over all keys of a query."""
     segments = segments_of(start, stop, documents, key.shape[2])
@@ -84,12 +87,13 @@ def varlen_attention_backward(
     flat = log_sum_exp.transpose(0, 1).flatten(1).contiguous()  # [heads, b · s]
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
     grad_query, grad_key, grad_value = backward(
-        *packed, flat, *_arguments(segments), 0.0, causal, *no_dropout, scale=_scale(query)
+        *packed, flat, *_arguments(segments), 0.0, causal, *no_dropout, scale=_scale(query), **_window_arguments(window)
     )
     # Segments without a query or without a key may be left as they were: their gradients are 0.
     empty = (start >= stop)[:, None, :, None]
     place = torch.arange(key.shape[2], device=key.device)
-    unseen = ((place < start[:, :1]) | (place >= stop[:, -1:]))[:, None, :, None]
+    first = start if window is None else torch.maximum(start, stop - window)
+    unseen = ((place < first[:, :1]) | (place >= stop[:, -1:]))[:, None, :, None]
     return (
         _unpack(grad_query, query).masked_fill(empty, 0.0),
         _unpack(grad_key, key).masked_fill(unseen, 0.0),
@@ -99,6 +103,11 @@ def varlen_attention_backward(
 
 def _arguments(segments: Segments) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     return segments.queries, segments.keys, segments.most_queries, segments.most_keys
+
+
+def _window_arguments(window: int | None) -> dict[str, int]:
+    """The window, as the library takes it: so many keys before the query's own, and none behind."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
 def _scale(query: torch.Tensor) -> float:

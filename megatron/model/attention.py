@@ -10,6 +10,7 @@ from torch import nn
 from megatron.kernels.attention import Attend, causal_attention
 from megatron.kernels.rotary import rotary_split
 from megatron.model.config import ModelConfig
+from megatron.model.norm import HeadNorms
 from megatron.model.placement import LinearSpec, column_spec, row_spec
 from megatron.model.places import Places
 from megatron.model.recompute import computed_again
@@ -28,15 +29,16 @@ class Attention(nn.Module):
         self,
         config: ModelConfig,
         context: ParallelContext,
-        layer: str,
+        index: int,
         dtype: torch.dtype,
         device: torch.device,
         recompute_order: bool = False,
     ) -> None:
         super().__init__()
+        layer = config.family.layer(index)
         self.context, self.recompute_order = context, recompute_order
         self.attend: Attend = causal_attention
-        self.head_dim = config.head_dim
+        self.windowed = config.window_of(index) is not None
         self.num_heads = config.num_attention_heads // context.tp.size
         self.num_key_value_heads = max(1, config.num_key_value_heads // context.tp.size)
         qkv, output = attention_specs(config, context, layer)
@@ -44,15 +46,19 @@ class Attention(nn.Module):
         self.qkv_bias = None if qkv.bias is None else ShardedParameter.empty(qkv.bias, dtype, device)
         self.output = ShardedParameter.empty(output.weight, dtype, device)
         self.output_bias = None if output.bias is None else ShardedParameter.empty(output.bias, dtype, device)
+        self.head_norms = HeadNorms(config, context, layer, dtype, device) if config.query_key_norm else None
 
     def forward(self, hidden: torch.Tensor, places: Places) -> torch.Tensor:
         """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same."""
         fused = column_linear(hidden, self.qkv, self.context, self.qkv_bias)  # [s, b, (heads + 2 kv)/tp · d]
+        if self.head_norms is not None:
+            fused = self.head_norms(fused, self.num_heads, self.num_key_value_heads)
+        runs = places.windowed_runs if self.windowed else places.runs
         query, key, value = rotary_split(fused, places.cos, places.sin, self.num_heads, self.num_key_value_heads)
-        if places.runs is None:
+        if runs is None:
             mixed = self.attend(query, key, value)  # [b, heads/tp, s, d]
         else:
-            mixed = context_attention(query, key, value, places.runs, self.context)
+            mixed = context_attention(query, key, value, runs, self.context)
         kept, dtype = mixed.detach(), fused.dtype
         joined = _join_heads(mixed, dtype)
         with computed_again(joined, lambda: _join_heads(kept, dtype), active=self.recompute_order):

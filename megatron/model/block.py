@@ -35,7 +35,7 @@ class Block(nn.Module):
         family, layer = config.family, config.family.layer(index)
         self.attention_norm = make_norm(config, context, f"{layer}.{family.attention_norm}", dtype, device)
         selective = recompute == "selective"
-        self.attention = Attention(config, context, layer, dtype, device, recompute_order=selective)
+        self.attention = Attention(config, context, index, dtype, device, recompute_order=selective)
         self.feed_forward_norm = make_norm(config, context, f"{layer}.{family.feed_forward_norm}", dtype, device)
         self.feed_forward = FeedForward(config, context, layer, dtype, device, recompute_product=selective)
 

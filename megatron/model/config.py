@@ -47,6 +47,9 @@ class ModelConfig:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     rope_scaling: RotaryScaling | None = None
+    query_key_norm: bool = False
+    sliding_window: int | None = None  # how many keys a query attends to, itself included
+    full_attention_layers: tuple[int, ...] = ()  # those without the window
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -122,6 +125,10 @@ class ModelConfig:
         assert eps is not None
         return eps
 
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of layer number `layer`, None where it attends to all tokens before."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
     @property
     def is_gated(self) -> bool:
         """Whether the feed-forward layer is a product of two."""
@@ -135,7 +142,7 @@ class ModelConfig:
         norm = hidden * (1 if self.layer_norm_eps is None else 2)
         layer = 2 * (queries + keys) * hidden + (inputs + 1) * hidden * inner + 2 * norm
         layer += self.query_key_value_bias * (queries + 2 * keys) + self.attention_output_bias * hidden
-        layer += self.mlp_bias * (inputs * inner + hidden)
+        layer += self.query_key_norm * 2 * self.head_dim + self.mlp_bias * (inputs * inner + hidden)
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
         positions = self.max_position_embeddings * hidden if self.rope_theta is None else 0
         return embeddings + positions + self.num_hidden_layers * layer + norm

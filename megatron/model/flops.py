@@ -1,7 +1,7 @@
 """How many floating-point operations a model costs: the convention is named wherever a figure is shown.
 
 Convention "model FLOPs, causal" (Megatron-LM since 2025): matrix products of layers and output, half of the square of
-attention, forward and backward, no embedding look-up, no recomputation.
+attention (of which a sliding window leaves a band), forward and backward, no embedding look-up, no recomputation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from megatron.model.config import ModelConfig
 def model_flops_per_token(config: ModelConfig, sequence_length: int, *, causal: bool = True) -> float:
     """FLOPs of forward and backward per token over sequences of this length; attention's square whole or, causal, half
     of it."""
-    layers = config.num_hidden_layers * _layer_flops(config, sequence_length, causal)
+    windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
+    layers = sum(_layer_flops(config, sequence_length, causal, window) for window in windows)
     return 3.0 * (layers + _head_flops(config))
 
 
@@ -21,13 +22,16 @@ def head_cost_in_layers(config: ModelConfig, sequence_length: int) -> float:
     return _head_flops(config) / _layer_flops(config, sequence_length, causal=True)
 
 
-def _layer_flops(config: ModelConfig, sequence_length: int, causal: bool) -> float:
+def _layer_flops(config: ModelConfig, sequence_length: int, causal: bool, window: int | None = None) -> float:
     """Forward, per token."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     feed_forward = (3 if config.is_gated else 2) * config.hidden_size * config.intermediate_size
     weights = config.hidden_size * (2 * queries + 2 * keys) + feed_forward
-    return 2.0 * weights + (2.0 if causal else 4.0) * queries * sequence_length
+    keys_seen = sequence_length / 2.0 if causal else float(sequence_length)
+    if causal and window is not None and window < sequence_length:
+        keys_seen = window - window**2 / (2.0 * sequence_length)
+    return 2.0 * weights + 4.0 * queries * keys_seen
 
 
 def _head_flops(config: ModelConfig) -> float:

@@ -66,6 +66,32 @@ class LayerNorm(Norm):
         return add_layer_norm(hidden, branch, self.weight, self.bias, self.eps)
 
 
+class HeadNorms(nn.Module):
+    """RMSNorm of each query and of each key over the elements of its head, before they are turned.
+
+    All heads share a weight, so a tensor rank's gradient of it, that of its heads, is a part.
+    """
+
+    def __init__(
+        self, config: ModelConfig, context: ParallelContext, layer: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.eps, self.head_dim = config.norm_eps, config.head_dim
+        self.query, self.key = (
+            ShardedParameter.empty(
+                copied_spec(context, f"{layer}.{name}.weight", (config.head_dim,), partial=True), dtype, device
+            )
+            for name in config.family.query_key_norms
+        )
+
+    def forward(self, fused: torch.Tensor, num_heads: int, num_key_value_heads: int) -> torch.Tensor:
+        """fused [s, b, (heads + 2 kv) · d] → the same, its queries and keys normed."""
+        heads = fused.unflatten(-1, (-1, self.head_dim))  # [s, b, heads + 2 kv, d]
+        query, key, value = heads.split([num_heads, num_key_value_heads, num_key_value_heads], dim=-2)
+        normed = rms_norm(query, self.query, self.eps), rms_norm(key, self.key, self.eps)
+        return torch.cat((*normed, value), dim=-2).flatten(2)
+
+
 def make_norm(
     config: ModelConfig, context: ParallelContext, name: str, dtype: torch.dtype, device: torch.device
 ) -> Norm:

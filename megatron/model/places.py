@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,26 +18,34 @@ class Places:
     """Of this rank's tokens. In packed samples with documents, positions begin anew in each and differ between samples.
 
     positions i64[1, s] or [b, s]; cos and sin of their rotary angles [s, d] or [b, s, d]; the runs of keys that they
-    attend to, None where that is all up to themselves and all are here.
+    attend to, None where that is all up to themselves and all are here; and the same in layers with a sliding window.
     """
 
     positions: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
     runs: Runs | None
+    windowed_runs: Runs | None
 
 
-def find_places(batch: int, length: int, documents: Documents | None, tables: Tables, cp: Axis) -> Places:
+def find_places(
+    batch: int, length: int, documents: Documents | None, tables: Tables, cp: Axis, window: int | None = None
+) -> Places:
     """The places of tokens [batch, length], this rank's part of samples that are `cp.size` times as long.
 
-    `documents` are those of these tokens; `tables` are the rotary tables of whole samples.
+    `documents` are those of these tokens; `tables` are the rotary tables of whole samples; `window` is that of the
+    layers that have one.
     """
     cos, sin = tables
     positions = local_positions(length, cp, cos.device).unsqueeze(0)
-    if documents is None and cp.size == 1:
-        return Places(positions, cos, sin, None)
-    runs = causal_runs(batch, length, documents, cp, cos.device)
+    runs = windowed = None
+    if documents is not None or cp.size > 1:
+        runs = windowed = causal_runs(batch, length, documents, cp, cos.device)
+    if window is not None and window < length * cp.size:
+        windowed = replace(runs or causal_runs(batch, length, documents, cp, cos.device), window=window)
     if documents is not None:
         positions = positions - documents.starts
-        return Places(positions, cos[positions], sin[positions], runs)
-    return Places(positions, cos[positions[0]], sin[positions[0]], runs)
+        cos, sin = cos[positions], sin[positions]
+    elif cp.size > 1:
+        cos, sin = cos[positions[0]], sin[positions[0]]
+    return Places(positions, cos, sin, runs, windowed)

@@ -93,7 +93,7 @@ class Transformer(nn.Module):
         cp = self.context.cp
         batch, length = tokens.shape
         tables = self._rotary(length * cp.size, documents)
-        places = find_places(batch, length, documents, tables, cp)
+        places = find_places(batch, length, documents, tables, cp, self.config.sliding_window)
         if self.is_first:
             hidden = self.embedding(tokens.t(), places.positions.t())
         assert hidden is not None, "a later stage needs the activations of the one before"
@@ -168,6 +168,11 @@ def check_divisible(config: ModelConfig, context: ParallelContext) -> None:
         if size % tensor:
             fits = ", ".join(str(n) for n in range(1, 129) if size % n == 0)
             problems.append(f"{name}={size} is not divisible by parallel.tensor={tensor}; use {fits}")
+    if config.sliding_window is not None and context.cp.size > 1 and context.context_attention == "ring":
+        problems.append(
+            f"sliding_window={config.sliding_window} does not go with parallel.context_attention=ring, where keys are "
+            "met a part at a time; use all_gather"
+        )
     if pipeline > config.num_hidden_layers:
         problems.append(
             f"num_hidden_layers={config.num_hidden_layers} leaves some of parallel.pipeline={pipeline} stages "

@@ -63,6 +63,7 @@ def context_attention(
     """
     if context.cp.size == 1:
         return whole_attention(query, key, value, runs)
+    assert runs.window is None or context.context_attention == "all_gather", "a window cuts what goes round in a ring"
     kind = _RingAttention if context.context_attention == "ring" else _GatheredAttention
     return kind.apply(query, key, value, runs, context)
 

@@ -186,12 +186,13 @@ def position_embedding(hidden: torch.Tensor, rows: torch.Tensor, weight: torch.T
     return _PositionEmbedding.apply(hidden, rows, weight)
 
 
-def copied_spec(context: ParallelContext, name: str, shape: tuple[int, ...]) -> ShardSpec:
-    """A weight of which each tensor rank holds a copy. Under sequence parallelism a rank applies it to a part of the
-    tokens, so its gradient is a part; otherwise all ranks compute the whole gradient."""
+def copied_spec(context: ParallelContext, name: str, shape: tuple[int, ...], partial: bool | None = None) -> ShardSpec:
+    """A weight of which each tensor rank holds a copy, whose gradient is a part if `partial`. Unless told otherwise it
+    is one under sequence parallelism, where a rank applies the weight to a part of the tokens."""
     region = Region.whole(name, shape)
     offset = (0,) * len(shape)
     if context.tp.size == 1:
         return ShardSpec(shape, (Piece(region, offset),))
-    piece = Piece(region, offset, copy_axis="tp", copy_rank=context.tp.rank, partial=context.sequence)
+    partial = context.sequence if partial is None else partial
+    piece = Piece(region, offset, copy_axis="tp", copy_rank=context.tp.rank, partial=partial)
     return ShardSpec(shape, (piece,))

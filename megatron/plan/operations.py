@@ -70,7 +70,8 @@ def _product(name: str, args: Any) -> tuple[int, int, int, int] | None:
 
 def _causal_products(count: float) -> Callable[..., float]:
     """FLOPs of `count` products of an attention whose queries see half of the keys: causal, and so is the mean over the
-    parts of a sequence that is split over ranks in a balanced way. Documents, which see less, are not counted off."""
+    parts of a sequence that is split over ranks in a balanced way. What documents and windows leave out is not counted
+    off."""
 
     def flops(query: torch.Tensor, key: torch.Tensor, *_: Any) -> float:
         batch, heads, queries, d = query.shape

@@ -45,6 +45,9 @@ VARIATIONS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "dynamic", "factor": 2.0},
         "max_position_embeddings": 8,
     },
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    "qwen3": {"model_type": "qwen3", "attention_bias": True},
     "llama-yarn": {
         "model_type": "llama",
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12},

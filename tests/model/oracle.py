@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedModel,
     modeling_rope_utils,
 )
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from megatron.checkpoint.source import open_source
@@ -74,9 +73,9 @@ def widened(model: PreTrainedModel) -> PreTrainedModel:
     """The model in float64, nothing of it in float32 any more (in place)."""
     model.double()
     for module in model.modules():
-        if type(module) is LlamaRMSNorm:
+        if type(module).__name__.endswith("RMSNorm"):
             module.__class__ = WideNorm
-        elif type(module) in (LlamaRotaryEmbedding, GPTNeoXRotaryEmbedding):
+        elif type(module).__name__.endswith("RotaryEmbedding"):
             module.__class__ = WideRotary
     return model
 

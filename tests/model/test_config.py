@@ -149,7 +149,7 @@ def test_the_rotary_base_is_found_where_transformers_finds_it(spelling: dict[str
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another model": ({"model_type": "mistral"}, "model_type='mistral'"),
+    "another model": ({"model_type": "mixtral"}, "model_type='mixtral'"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     "no name of a model": ({"model_type": ["llama"]}, "model_type=['llama']"),
     "another scaling": ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_scaling of type 'longrope'"),

@@ -56,6 +56,7 @@ class Family:
     fields: Callable[[Mapping[str, Any]], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
     positions: str | None = None  # the table of learned positions
+    query_key_norms: tuple[str, ...] = ()  # norms of each query and of each key
     transposed: bool = False  # linear layers keep their weights as [in, out]
     prefix: str = ""  # what a file saved from the model without its head leaves out of all names but the head's
     buffers: tuple[str, ...] = ()  # endings of what old files hold besides weights
@@ -73,7 +74,7 @@ class Family:
 
     @property
     def norms(self) -> tuple[str, ...]:
-        return self.attention_norm, self.feed_forward_norm, self.final_norm
+        return self.attention_norm, self.feed_forward_norm, self.final_norm, *self.query_key_norms
 
     @property
     def residual_outputs(self) -> tuple[str, ...]:

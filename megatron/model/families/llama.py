@@ -109,10 +109,10 @@ def write_decoder(config: ModelConfig, architecture: str) -> dict[str, Any]:
     }
 
 
-def spell_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
+def spell_decoder(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary angles as transformers 4 and 5 each spell them: who finds only the other's takes defaults, silently."""
     theta = rotary_base(config)
-    longest = int(default(config, "max_position_embeddings", _DEFAULTS["max_position_embeddings"]))
+    longest = int(default(config, "max_position_embeddings", defaults["max_position_embeddings"]))
     return {**config, "rope_theta": theta, **spell_rotary(config, theta, rotary_scaling(config, longest))}
 
 
@@ -136,6 +136,10 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
+    return spell_decoder(config, _DEFAULTS)
+
+
 LLAMA = Family(
     model_type="llama",
     embedding="model.embed_tokens",
@@ -150,7 +154,7 @@ LLAMA = Family(
     head="lm_head",
     fields=_fields,
     write=_write,
-    spell=spell_decoder,
+    spell=_spell,
     buffers=("rotary_emb.inv_freq",),
     dropouts={"attention_dropout": 0.0},
     required=_REQUIRED,

@@ -76,7 +76,11 @@ def _encode_conversations(
     conversations, places, num_lines, bad = encode_conversations(tokenizer, chat, chunk)
     sizes = np.array([len(tokens) for tokens, _ in conversations], dtype=np.int64)
     columns = [
-        np.array([value for conversation in conversations for value in conversation[column]], dtype=dtype)
+        np.concatenate(
+            [np.empty(0, dtype), *(conversation[column] for conversation in conversations)],
+            dtype=dtype,
+            casting="unsafe",
+        )
         for column, dtype in enumerate(dtypes)
     ]
     others = _others(np.array(places, dtype=np.int64), num_lines)

@@ -6,22 +6,23 @@ make other data from the same text each day.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
 
 from megatron.data.instruction.conversation import ROLES, Message
 from megatron.data.instruction.pair import Role
+from megatron.data.instruction.template import Conversation
 from megatron.data.jsonl import RefusedLine
 from megatron.tokenizer import Tokenizer
 from megatron.utils.errors import ConfigError, DataError
@@ -69,13 +70,15 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"the chat template of {origin} cannot be read: {error} (line {error.lineno})") from error
 
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
         """The tokens of a conversation and the role of each. Raises RefusedLine for one that cannot be divided."""
         text, parts = self.parts(messages)
-        tokens = tokenizer.encode(text, "ids")
-        firsts = [_tokens_before(tokenizer, text[:begin], tokens) for begin, _ in parts]
-        owners = [parts[bisect_right(firsts, place) - 1][1] for place in range(len(tokens))]
-        return tokens, [int(role) for role in owners]
+        beginnings = [text[:begin] for begin, _ in parts[1:]]
+        ids, sizes = tokenizer.encode_batch([text, *beginnings], special_tokens="ids")
+        tokens, *alone = np.split(ids, np.cumsum(sizes[:-1]))
+        firsts = np.array([0, *(_alike(one, tokens) for one in alone)])
+        owners = np.searchsorted(firsts, np.arange(len(tokens)), side="right") - 1
+        return tokens, np.array([int(role) for _, role in parts])[owners]
 
     def parts(self, messages: Sequence[Message]) -> tuple[str, list[Part]]:
         """The text of a conversation, and the parts that it consists of, the first from its first character on.
@@ -206,13 +209,11 @@ def _marked_parts(marked: str) -> list[Part]:
     return parts
 
 
-def _tokens_before(tokenizer: Tokenizer, beginning: str, tokens: Sequence[int]) -> int:
+def _alike(beginning: NDArray[np.integer], tokens: NDArray[np.integer]) -> int:
     """How many of a text's tokens are those of its beginning alone: a token across the seam belongs to what follows."""
-    if not beginning:
-        return 0
-    alone = tokenizer.encode(beginning, "ids")
-    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, tokens, strict=False))
-    return sum(1 for _ in alike)
+    common = min(len(beginning), len(tokens))
+    different = np.flatnonzero(beginning[:common] != tokens[:common])
+    return int(different[0]) if len(different) else common
 
 
 def _check_noncharacters(messages: Sequence[Message]) -> None:

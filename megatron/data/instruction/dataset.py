@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from megatron.data.dataset import ENDLESS
+from megatron.data.explain import line_of
 from megatron.data.instruction.order import Order
 from megatron.data.instruction.packing import Packing, window_for
-from megatron.data.instruction.pair import ConversationPair, Role
+from megatron.data.instruction.pair import ConversationPair, Role, text_prefix
 from megatron.data.loader import MicroBatch
+from megatron.data.provenance import read_provenance
 from megatron.kernels.runs import Documents
 from megatron.model.loss import IGNORED
 from megatron.utils.errors import DataError
@@ -125,9 +127,9 @@ class InstructionDataset:
 
     def source(self, index: int) -> str:
         """Where a row comes from, in words for an error message."""
-        members, sequences = self._order.locate(np.array(self.conversations(index)))
+        members, sequences = self._order.locate(np.array(self.conversations(index), dtype=np.int64))
         return "; ".join(
-            self._pairs[member].source(sequence)
+            _source(self._pairs[member], sequence)
             for member, sequence in zip(members.tolist(), sequences.tolist(), strict=True)
         )
 
@@ -155,3 +157,9 @@ class InstructionDataset:
         if self._batching.pad_token_id is not None:
             weights[labels == self._batching.pad_token_id] = 0.0
         return weights
+
+
+def _source(pair: ConversationPair, sequence: int) -> str:
+    """Where a conversation is, and the line that it was made of, where the .json beside it says so."""
+    line = line_of(read_provenance(text_prefix(pair.prefix)), sequence)
+    return pair.source(sequence) + (f", made of {line[0]}, line {line[1]}" if line is not None else "")

@@ -11,13 +11,11 @@ from typing import Any
 from megatron.data.instruction.chat_template import find_chat_template, read_chat_template
 from megatron.data.instruction.conversation import Keys, Message, read_conversation
 from megatron.data.instruction.pair import Role
-from megatron.data.instruction.template import MegatronTemplate, Template
+from megatron.data.instruction.template import Conversation, MegatronTemplate, Template
 from megatron.data.jsonl import BadLine, Chunk, RefusedLine, bad_line, parse_chunk, parse_object, take_lines
 from megatron.tokenizer import SpecialTokens, Tokenizer
 
 MEGATRON_LLM = "megatron-llm"
-
-Conversation = tuple[list[int], list[int]]  # tokens and the role of each
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def encode_conversation(
     if chat.special_tokens == "text":
         _check_no_special_tokens(tokenizer, messages)
     tokens, roles = template.encode(tokenizer, messages)
-    if int(Role.ASSISTANT) not in roles[1:]:
+    if Role.ASSISTANT not in roles[1:]:
         raise RefusedLine("the template leaves nothing of its answers")
     return tokens, roles
 

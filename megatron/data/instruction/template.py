@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron.data.instruction.conversation import ASSISTANT, ROLES, SYSTEM, USER, Message
 from megatron.data.jsonl import RefusedLine
 from megatron.tokenizer import Tokenizer
@@ -17,10 +20,13 @@ START, END = "<|im_start|>", "<|im_end|>"
 _WORDS = {SYSTEM: "system", USER: "question", ASSISTANT: "answer"}
 
 
+Conversation = tuple[NDArray[np.integer], NDArray[np.integer]]  # tokens and the role of each
+
+
 class Template(Protocol):
     """How conversations are written in tokens."""
 
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
         """The tokens of a conversation and the role of each. Raises RefusedLine for one that does not fit."""
         ...
 
@@ -41,17 +47,14 @@ class MegatronTemplate:
                 f"between {START} and {END}; add them with --extra-tokens '{START},{END}'"
             )
 
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
         """The tokens of a conversation and the role of each."""
-        tokens: list[int] = []
-        roles: list[int] = []
         for message in messages:
             if message["role"] not in _WORDS:
                 raise RefusedLine(
                     f"the role {message['role']!r} is none of Megatron-LLM's template, which has {', '.join(_WORDS)}"
                 )
-            # Control tokens that are written out become ids, as they do there.
-            ids = tokenizer.encode(f"{START}{_WORDS[message['role']]}\n{message['content']}{END}\n", "ids")
-            tokens += ids
-            roles += [int(ROLES[message["role"]])] * len(ids)
-        return tokens, roles
+        texts = [f"{START}{_WORDS[message['role']]}\n{message['content']}{END}\n" for message in messages]
+        # Control tokens that are written out become ids, as they do there.
+        tokens, sizes = tokenizer.encode_batch(texts, special_tokens="ids")
+        return tokens, np.repeat([int(ROLES[message["role"]]) for message in messages], sizes)

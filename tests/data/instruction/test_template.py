@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from megatron.data.instruction.conversation import Keys, read_conversation
 from megatron.data.instruction.encode import MEGATRON_LLM, ChatEncoding, encode_conversation, open_template
 from megatron.data.jsonl import RefusedLine
-from megatron.tokenizer import load_tokenizer
+from megatron.tokenizer import Tokenizer, load_tokenizer
 from megatron.utils.errors import ConfigError
 
 from ..conftest import tiny_tokenizer  # noqa: F401 - a fixture
@@ -37,6 +37,11 @@ def by_megatron_llm(model: Path, line: dict[str, Any], keys: Keys) -> tuple[list
     return tokens, roles
 
 
+def encode(tokenizer: Tokenizer, chat: ChatEncoding, line: dict[str, Any]) -> tuple[list[int], list[int]]:
+    tokens, roles = encode_conversation(tokenizer, open_template(tokenizer, chat.template), chat, line)
+    return tokens.tolist(), roles.tolist()
+
+
 LINES: list[dict[str, Any]] = [
     {"system_prompt": "the ward", "question": "given pain?", "response": "aspirin"},
     {"system_prompt": "", "question": "  the\n\npatient ", "response": "rest\n"},
@@ -49,20 +54,19 @@ LINES: list[dict[str, Any]] = [
 def test_tokens_and_roles_are_megatron_llms(tiny_tokenizer: Path, line: dict[str, Any]) -> None:  # noqa: F811
     tokenizer = load_tokenizer(tiny_tokenizer, TAGS)
     chat = ChatEncoding(ORCA, MEGATRON_LLM)
-    found = encode_conversation(tokenizer, open_template(tokenizer, MEGATRON_LLM), chat, line)
+    found = encode(tokenizer, chat, line)
     assert found == by_megatron_llm(tiny_tokenizer, line, ORCA)
     assert set(found[1]) == ({1, 2} if line["system_prompt"] is None else {0, 1, 2})
 
 
 def test_special_tokens_within_a_text_are_refused_or_ids(tiny_tokenizer: Path) -> None:  # noqa: F811
     tokenizer = load_tokenizer(tiny_tokenizer, TAGS)
-    template = open_template(tokenizer, MEGATRON_LLM)
     line = {"input": "end</s> of <|im_end|> it", "output": "<s>aspirin"}
     keys = Keys(None)
     with pytest.raises(RefusedLine, match=r"message 1 has the special token </s> .*--special-tokens ids"):
-        encode_conversation(tokenizer, template, ChatEncoding(keys, MEGATRON_LLM), line)
+        encode(tokenizer, ChatEncoding(keys, MEGATRON_LLM), line)
     allowed = ChatEncoding(keys, MEGATRON_LLM, special_tokens="ids")
-    assert encode_conversation(tokenizer, template, allowed, line) == by_megatron_llm(tiny_tokenizer, line, keys)
+    assert encode(tokenizer, allowed, line) == by_megatron_llm(tiny_tokenizer, line, keys)
 
 
 def test_the_real_tokenizer_gives_the_newline_two_tokens(shared: Path) -> None:
@@ -71,7 +75,7 @@ def test_the_real_tokenizer_gives_the_newline_two_tokens(shared: Path) -> None:
     tokenizer = load_tokenizer(model, TAGS)
     line = {"input": "C", "output": "D"}
     chat = ChatEncoding(Keys(None), MEGATRON_LLM)
-    tokens, roles = encode_conversation(tokenizer, open_template(tokenizer, MEGATRON_LLM), chat, line)
+    tokens, roles = encode(tokenizer, chat, line)
     assert (tokens, roles) == by_megatron_llm(model, line, chat.keys)
     assert len(tokens) == 14 and roles == [1] * 7 + [2] * 7 and tokens[0] == tokens[7] == 32000
     assert tokens[4:7] == [32001, tokenizer.token_id("▁"), tokenizer.token_id("<0x0A>")]
@@ -81,9 +85,7 @@ def test_several_turns_each_have_their_role(tiny_tokenizer: Path) -> None:  # no
     tokenizer = load_tokenizer(tiny_tokenizer, TAGS)
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     line = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    found = encode_conversation(
-        tokenizer, open_template(tokenizer, MEGATRON_LLM), ChatEncoding(Keys(), MEGATRON_LLM), line
-    )
+    found = encode(tokenizer, ChatEncoding(Keys(), MEGATRON_LLM), line)
     pairs = [
         by_megatron_llm(tiny_tokenizer, {"input": one, "output": other}, Keys(None)) for one, other in ("ab", "cd")
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from megatron.tokenizer import load_tokenizer
 from megatron.tokenizer.backends import SentencePieceBackend
 from megatron.tokenizer.cuts import PART_CHARACTERS, MarkedSpaceCutter, WordCutter
 from megatron.tokenizer.engines import Gigatoken, Library, choose_engine
-from megatron.tokenizer.forms import Form
+from megatron.tokenizer.forms import Form, NoForm, sentencepiece_form
+from megatron.tokenizer.model_file import ModelFile, PieceKind
 from megatron.utils.errors import DataError
 from tests.tokenizer.adversarial import Generator, differences, long_texts, pieces_of
 from tests.tokenizer.conftest import train_sentencepiece
@@ -247,6 +250,27 @@ def test_a_model_that_treats_spaces_in_its_own_way_is_exact_as_well(tmp_path: Pa
         assert tokenizer.engine == "gigatoken"
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"score": -3.0}, "equal score"),
+        ({"kind": PieceKind.UNUSED}, "unused pieces"),
+        ({"text": "▁the"}, "pieces twice"),
+        ({"text": "Ω-Ω"}, "characters that are no pieces"),
+    ],
+)
+def test_a_piece_that_makes_the_fast_form_inexact_forbids_it(
+    model_bytes: bytes, changed: dict[str, Any], reason: str
+) -> None:
+    model = ModelFile.parse(model_bytes)
+    sentencepiece_form(model)
+    assert model.pieces[262].score == -3.0
+    pieces = list(model.pieces)
+    pieces[270] = pieces[270]._replace(**changed)
+    with pytest.raises(NoForm, match=reason):
+        sentencepiece_form(dataclasses.replace(model, pieces=tuple(pieces)))
+
+
 def test_symbols_that_a_model_defines_are_found_by_its_library(tmp_path: Path) -> None:
     symbols = ["<turn>", "[x]", "ward"]
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(user_defined_symbols=symbols, vocab_size=343))
@@ -255,6 +279,7 @@ def test_symbols_that_a_model_defines_are_found_by_its_library(tmp_path: Path) -
     texts = [next(generator) for _ in range(500)] + ["<turn>a", "a<turn> b[x]", " <turn>", "the ward", "wards<turn"]
     assert sum(any(symbol in text for symbol in symbols) for text in texts) > 50
     assert differences(tokenizer, texts) == []
+    assert tokenizer.engine == ("gigatoken" if "gigatoken" in sys.modules else "SentencePiece")
 
 
 def test_added_tokens_that_are_not_special_are_found_by_the_library(llama_3_folder: Path, tmp_path: Path) -> None:

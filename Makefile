@@ -71,7 +71,7 @@ CUDA_SOURCE := .venv-cuda/source
 cuda-check: venv
 	test -x .venv-cuda/bin/python || $(BIN)/python -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check \
-	  '$(CUDA_TORCH)' 'setuptools>=77' wheel numpy pyyaml sentencepiece tokenizers
+	  '$(CUDA_TORCH)' 'setuptools>=77' wheel numpy pyyaml sentencepiece tokenizers jinja2
 	rm -rf $(CUDA_SOURCE) && mkdir $(CUDA_SOURCE)
 	cp -r megatron csrc tools setup.py pyproject.toml README.md LICENSE $(CUDA_SOURCE)
 	find $(CUDA_SOURCE) -name '*.so' -delete

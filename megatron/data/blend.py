@@ -236,8 +236,17 @@ class Blend:
 
     def boundaries(self, index: int) -> NDArray[np.int64]:
         """Where in the sample at position `index` documents begin."""
-        member, within = self.locate_one(index)
-        return member.boundaries(within)
+        return self.boundaries_of(np.array([index]))[0]
+
+    def boundaries_of(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The same of each of these positions."""
+        members, samples = self.locate(indices)
+        found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)] * len(indices)
+        for member in np.unique(members).tolist():
+            here = np.flatnonzero(members == member)
+            for at, begins in zip(here.tolist(), self.parts[member].boundaries_of(samples[here]), strict=True):
+                found[at] = begins
+        return found
 
     def source(self, index: int) -> str:
         member, within = self.locate_one(index)

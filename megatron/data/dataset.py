@@ -51,6 +51,10 @@ class RowDataset(Dataset, Protocol):
         of its tokens."""
         ...
 
+    def boundaries_of(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """`boundaries` of each of these samples."""
+        ...
+
     def announce(self, indices: NDArray[np.int64]) -> None:
         """These samples will be read soon: let the system fetch them meanwhile."""
         ...

@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
@@ -302,13 +303,17 @@ def _hide_padding(tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
 def _documents(indices: NDArray[np.int64], sequence_length: int, dataset: Dataset) -> Documents:
     """The documents of these samples, of which those past the end of the data have none."""
     starts, most = np.zeros((len(indices), sequence_length), dtype=np.int32), 1
-    for row, index in enumerate(indices.tolist()):
-        if index < len(dataset):
-            begins = dataset.boundaries(index)
-            begins = begins[begins < sequence_length]  # the last token is a label alone
-            starts[row, begins] = begins
-            most = max(most, 1 + len(begins))
-    return Documents(torch.from_numpy(np.maximum.accumulate(starts, axis=1)), most)
+    present = indices[indices < len(dataset)]
+    if isinstance(dataset, RowDataset):
+        boundaries = dataset.boundaries_of(present)
+    else:
+        boundaries = [dataset.boundaries(index) for index in present.tolist()]
+    for row, found in zip(starts, boundaries, strict=False):  # what is past the end of the data comes last
+        begins = [begin for begin in found.tolist() if begin < sequence_length]  # the last token is a label alone
+        for begin, end in pairwise([*begins, sequence_length]):
+            row[begin:end] = begin
+        most = max(most, 1 + len(begins))
+    return Documents(torch.from_numpy(starts), most)
 
 
 def _check_divides(global_batch: int, micro_batch: int, size: int) -> None:

@@ -34,8 +34,12 @@ class StoredDataset(ABC):
         """Samples that can be addressed."""
 
     @abstractmethod
+    def boundaries_of(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Where in each of these samples documents begin behind its first token."""
+
     def boundaries(self, index: int) -> NDArray[np.int64]:
-        """Where in a sample documents begin behind its first token."""
+        """Where in sample `index` documents begin behind its first token."""
+        return self.boundaries_of(np.array([index]))[0]
 
     @abstractmethod
     def source(self, index: int) -> str:
@@ -112,10 +116,13 @@ class MegatronOrderDataset(StoredDataset):
             samples, before - before[ends - counts][samples], self.stream.starts_of(sequences) + starts, lengths
         )
 
-    def boundaries(self, index: int) -> NDArray[np.int64]:
-        """Where in sample `index` the next entry of the order begins: what is shuffled as one is a document."""
-        columns = self.pieces(np.array([index])).columns
-        return np.unique(columns[columns > 0])  # an empty one begins where the one after it does
+    def boundaries_of(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Where in each sample the next entry of the order begins: what is shuffled as one is a document."""
+        pieces = self.pieces(indices)
+        # Of entries that begin at one place all but the last are empty; what begins a sample is no boundary.
+        some = (pieces.columns > 0) & (pieces.lengths > 0)
+        counts = np.bincount(pieces.samples[some], minlength=len(indices))
+        return np.split(pieces.columns[some], np.cumsum(counts)[:-1])
 
     def source(self, index: int) -> str:
         entry, offset = self.order.sample_index[self.order.shuffle_index[index]].tolist()
@@ -168,10 +175,10 @@ class StableOrderDataset(StoredDataset):
         starts = self.stream.start + self.windows(indices) * self.sequence_length
         return runs(starts, np.full(len(starts), self.sequence_length + 1))
 
-    def boundaries(self, index: int) -> NDArray[np.int64]:
-        """Where in sample `index` documents of the file begin."""
-        start = self.window(index) * self.sequence_length
-        return self.stream.document_starts(start, start + self.sequence_length + 1) - start
+    def boundaries_of(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Where in each sample documents of the file begin."""
+        starts = (self.windows(indices) * self.sequence_length).tolist()
+        return [self.stream.document_starts(start, start + self.sequence_length + 1) - start for start in starts]
 
     def source(self, index: int) -> str:
         start = self.stream.start + self.window(index) * self.sequence_length

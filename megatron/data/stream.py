@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,17 +113,18 @@ class Stream:
         """Of each sample, the excerpts of stored sequences it is made of, in its order."""
         samples = int(pieces.samples.max()) + 1 if len(pieces.samples) else 0
         found: list[list[Excerpt]] = [[] for _ in range(samples)]
-        bounds, itemsize = self.reader.pointers, self.reader.dtype.itemsize
+        bounds, itemsize = self.reader.pointers.view(np.ndarray), self.reader.dtype.itemsize
+        documents = self.reader.document_index.view(np.ndarray)
         for sample, start, length in zip(
             pieces.samples.tolist(), pieces.starts.tolist(), pieces.lengths.tolist(), strict=True
         ):
             stop = start + length
-            sequence = int(np.searchsorted(bounds, start * itemsize, side="right")) - 1
+            sequence = bisect_right(bounds, start * itemsize) - 1
             while start < stop:
                 begin = self._token_of(sequence)
                 end = min(stop, begin + int(self.reader.sizes[sequence]))
                 if end > start:
-                    document = int(np.searchsorted(self.reader.document_index, sequence, side="right")) - 1
+                    document = bisect_right(documents, sequence) - 1
                     found[sample].append(Excerpt(document, sequence, start - begin, end - begin))
                 start, sequence = max(start, end), sequence + 1
         return found

@@ -49,6 +49,10 @@ class SyntheticDataset:
     def announce(self, indices: NDArray[np.int64]) -> None:
         """Nothing is stored."""
 
+    def boundaries_of(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """None: a sample is one document."""
+        return [self.boundaries(index) for index in indices.tolist()]
+
     def boundaries(self, index: int) -> NDArray[np.int64]:
         """None: a sample is one document."""
         return np.empty(0, dtype=np.int64)

@@ -40,11 +40,11 @@ class StreamWindows(StoredDataset):
         lengths = np.minimum(self.sequence_length + 1, self.num_tokens - starts)
         return runs(self.stream.start + starts, lengths)
 
-    def boundaries(self, index: int) -> NDArray[np.int64]:
-        """Where in window `index` documents begin."""
-        start = index * self.sequence_length
-        stop = min(start + self.sequence_length + 1, self.num_tokens)
-        return self.stream.document_starts(start, stop) - start
+    def boundaries_of(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Where in each window documents begin."""
+        starts = (indices * self.sequence_length).tolist()
+        stops = [min(start + self.sequence_length + 1, self.num_tokens) for start in starts]
+        return [self.stream.document_starts(start, stop) - start for start, stop in zip(starts, stops, strict=True)]
 
     def source(self, index: int) -> str:
         return self.stream.source(f"token {self.stream.start + index * self.sequence_length:,} onwards")

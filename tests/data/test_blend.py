@@ -58,6 +58,9 @@ class Numbered:
     def boundaries(self, index: int) -> NDArray[np.int64]:
         return np.array([10 * self._member + index])
 
+    def boundaries_of(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        return [self.boundaries(index) for index in indices.tolist()]
+
     def source(self, index: int) -> str:
         return f"member {self._member}, sample {index}"
 
@@ -124,6 +127,8 @@ def test_megatron_blend_is_addressed_in_any_order() -> None:
     assert read(backwards, asked) == [expected[index] for index in asked]
     assert backwards.source(3) == f"member {expected[3][0]}, sample {expected[3][1]}"
     assert backwards.boundaries(3).tolist() == [10 * expected[3][0] + expected[3][1]]
+    found = backwards.boundaries_of(np.array(asked))
+    assert [one.tolist() for one in found] == [[10 * expected[at][0] + expected[at][1]] for at in asked]
     backwards.announce(np.array(asked))
     assert sorted((number, index) for number, one in enumerate(members) for index in one.announced) == sorted(
         (member, index) for member, index in (expected[index] for index in asked)

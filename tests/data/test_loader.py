@@ -268,6 +268,9 @@ class InRows(Counting):
     def boundaries(self, index: int) -> NDArray[np.int64]:
         return np.array([1 + index % 3])
 
+    def boundaries_of(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        return [self.boundaries(index) for index in indices.tolist()]
+
 
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_reading_rows_at_once_gives_the_same_batches(document_mask: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -113,11 +114,16 @@ class IndexedReader:
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """Where, strictly between `start` and `stop`, documents begin among the tokens of `read_stream`; each once."""
-        low = np.searchsorted(self.pointers, start * self.dtype.itemsize, side="right")
-        high = np.searchsorted(self.pointers, stop * self.dtype.itemsize, side="left")
-        first, last = np.searchsorted(self.document_index, [low, high])
-        begins = self.pointers[self.document_index[first:last]] // self.dtype.itemsize
-        return np.unique(begins)  # an empty document begins where the next one does
+        # Not numpy's search, which copies all of an array that is not aligned, as these are not in their file.
+        pointers, documents = self.pointers.view(np.ndarray), self.document_index.view(np.ndarray)
+        low = bisect_right(pointers, start * self.dtype.itemsize)
+        high = bisect_left(pointers, stop * self.dtype.itemsize, lo=low)
+        first = bisect_left(documents, low)
+        last = bisect_left(documents, high, lo=first)
+        begins = pointers[documents[first:last]] // self.dtype.itemsize
+        later = np.ones(len(begins), dtype=np.bool_)
+        np.not_equal(begins[1:], begins[:-1], out=later[1:])  # an empty one begins where the next one does
+        return begins[later]
 
     def _map_tokens(self) -> NDArray[np.integer]:
         if self.num_tokens == 0:  # an empty file cannot be mapped

@@ -80,18 +80,21 @@ def test_long_lines_have_the_librarys_ids(shared: Path, llama_3_folder: Path) ->
     assert differences(load_tokenizer(llama_3_folder), list(short.values())) == []
 
 
-@pytest.mark.parametrize("removes_extra_spaces", [False, True])
-def test_a_text_in_parts_has_the_ids_of_the_whole(removes_extra_spaces: bool) -> None:
-    library = backend(train_sentencepiece(remove_extra_whitespaces=removes_extra_spaces))
-    generator = Generator(4, list(library.pieces().values()))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"remove_extra_whitespaces": True}, {"user_defined_symbols": ["\n\nr", "ward"], "vocab_size": 342}],
+)
+def test_a_text_in_parts_has_the_ids_of_the_whole(options: dict[str, object]) -> None:
+    library = backend(train_sentencepiece(**options))
+    generator = Generator(4, [*library.pieces().values(), *["\n\nr", "ward"] * 99])
     cuts = 0
     for _ in range(1500):
-        text = next(generator) + "patient  was given\n\nrest 日本語 in the" + next(generator)
+        text = next(generator) + "patient  was given\n\nrest 日本語 in the ward" + next(generator)
         parts = list(MarkedSpaceCutter(library.pieces().values(), part_characters=3).parts(text))
         ids = [library.encode(part)[left_out:] for part, left_out in parts]
         assert list(chain(*ids)) == library.encode(text), ascii(text)
         cuts += len(parts) - 1
-    assert cuts > 5000
+    assert cuts > 1500
 
 
 def test_a_text_in_parts_has_the_ids_of_the_whole_where_it_is_split_into_words(

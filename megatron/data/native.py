@@ -175,7 +175,8 @@ def sample_index(
     [total + 1, 2]. Of entries that start at the same token it is the one that is not empty; token 0 is in the first."""
     if _library is None:
         return sample_index_in_numpy(sizes, documents, sequence_length, total)
-    sizes, documents = np.ascontiguousarray(sizes), np.ascontiguousarray(documents)
+    # Those of an index file are not aligned.
+    sizes, documents = (np.require(array, np.int32, ("C", "A")) for array in (sizes, documents))
     index = np.empty((total + 1, 2), dtype=np.int64)
     _library.megatron_sample_index(
         _address(sizes), _address(documents), len(documents), sequence_length, total, _address(index)

@@ -157,6 +157,13 @@ def test_what_is_stated_is_taken() -> None:
     )
 
 
+def test_a_ramp_is_planned_by_its_largest_batch_and_counts_its_samples() -> None:
+    found = plan(2, data={"sequence_length": 10}, train={"global_batch": ((0, 4), (200, 24), (1000, 8))})
+    assert found.micro_batches == 6
+    assert found.ramp == Ramp(((0, 4), (20, 24), (100, 8)))
+    assert found.samples == 5 * 4 + 2 * 24, "of seven steps"
+
+
 @pytest.mark.parametrize(
     ("world_size", "tensor", "pipeline", "zero", "micro_batches"),
     [(1, 1, 1, 0, 12), (2, 1, 1, 1, 6), (2, 2, 1, 0, 12), (2, 1, 2, 0, 12), (4, 2, 1, 1, 6), (8, 2, 2, 1, 6)],

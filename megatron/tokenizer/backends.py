@@ -8,7 +8,7 @@ white space runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,9 @@ class SentencePieceBackend:
     def form(self) -> Form:
         return sentencepiece_form(ModelFile.parse(self._content))
 
+    def markup_encoder(self, added: Mapping[str, int]) -> Callable[[str], list[int]] | None:
+        return None
+
     def cutter(self) -> Cutter | None:
         model = ModelFile.parse(self._content)
         marks = model.marks_spaces and model.adds_leading_space and not model.space_as_suffix
@@ -117,6 +120,18 @@ class HuggingFaceBackend:
     def controls(self) -> dict[str, int]:
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         return {token: identity for token, identity in self._special().items() if token != unknown}
+
+    def markup_encoder(self, added: Mapping[str, int]) -> Callable[[str], list[int]] | None:
+        import tokenizers
+
+        encoder = tokenizers.Tokenizer.from_buffer(self._content)
+        encoder.no_truncation()
+        encoder.no_padding()
+        encoder.encode_special_tokens = False
+        encoder.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in added])
+        if moved := [token for token, identity in added.items() if encoder.token_to_id(token) != identity]:
+            raise DataError(f"`tokenizers` would give the added token {moved[0]} another id than {added[moved[0]]}")
+        return lambda text: encoder.encode(text, add_special_tokens=False).ids
 
     def _special(self) -> dict[str, int]:
         added = sorted(self._tokenizer.get_added_tokens_decoder().items())

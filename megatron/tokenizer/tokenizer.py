@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
@@ -39,6 +39,11 @@ class Backend(Library, Protocol):
 
     def controls(self) -> dict[str, int]:
         """Tokens among `pieces` that stand for no text, such as those that begin and end a sentence."""
+        ...
+
+    def markup_encoder(self, added: Mapping[str, int]) -> Callable[[str], list[int]] | None:
+        """The library's own way with texts whose special tokens, those `added` too, are such; None if it has none.
+        Raises DataError where it has other ids for them."""
         ...
 
     def cutter(self) -> Cutter | None:
@@ -98,6 +103,7 @@ class Tokenizer:
         self._pieces.update({identity: token for token, identity in added.items()})
         self._ids = {piece: identity for identity, piece in self._pieces.items()}
         self._literals: dict[SpecialTokens, _Literals] = {"text": _Literals(literals), "ids": _Literals(literal_ids)}
+        self._added = dict(added)
         self._added_ids = set(added.values())
         self.added_tokens = sorted(added, key=lambda token: added[token])
         self.vocab_size = max(self._pieces, default=-1) + 1
@@ -113,6 +119,10 @@ class Tokenizer:
     @cached_property
     def _engine(self) -> Engine:
         return choose_engine(self._backend)
+
+    @cached_property
+    def _markup_encoder(self) -> Callable[[str], list[int]] | None:
+        return self._backend.markup_encoder(self._added)
 
     @cached_property
     def _cutter(self) -> Cutter | None:
@@ -166,6 +176,17 @@ class Tokenizer:
                 (ids,) = self._engine.encode_each([piece])
                 runs.append(np.asarray(ids[left_out:], dtype))
         return np.concatenate(runs)
+
+    def encode_markup(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """The ids of each text, whose special tokens are such, as a chat template writes them.
+
+        A `tokenizer.json` may say that they take the spaces beside them, or that no space mark follows them: its
+        library knows. Else the text between them is encoded piece by piece.
+        """
+        if self._markup_encoder is not None:
+            return [np.array(self._markup_encoder(text), dtype=np.int32) for text in texts]
+        ids, sizes = self.encode_batch(texts, special_tokens="ids")
+        return np.split(ids, np.cumsum(sizes[:-1]))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; added tokens appear as they are written, with no space around them."""

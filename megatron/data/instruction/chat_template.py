@@ -73,9 +73,7 @@ class ChatTemplate:
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
         """The tokens of a conversation and the role of each. Raises RefusedLine for one that cannot be divided."""
         text, parts = self.parts(messages)
-        beginnings = [text[:begin] for begin, _ in parts[1:]]
-        ids, sizes = tokenizer.encode_batch([text, *beginnings], special_tokens="ids")
-        tokens, *alone = np.split(ids, np.cumsum(sizes[:-1]))
+        tokens, *alone = tokenizer.encode_markup([text, *(text[:begin] for begin, _ in parts[1:])])
         firsts = np.array([0, *(_alike(one, tokens) for one in alone)])
         owners = np.searchsorted(firsts, np.arange(len(tokens)), side="right") - 1
         return tokens, np.array([int(role) for _, role in parts])[owners]

@@ -94,3 +94,20 @@ def make_folder(folder: Path, template: str) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(configuration))
     return folder
+
+
+def make_marking_folder(folder: Path, template: str, scheme: str, strips: bool) -> Path:
+    """A BPE with space marks before the first text or all, of which a special token may take the space behind it."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Metaspace()
+    bytes_and_unknown = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=bytes_and_unknown, show_progress=False)
+    tokenizer.train_from_iterator(["assistant user what helps against pain ? aspirin helps ."] * 20, trainer)
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, rstrip=strips) for token in SPECIAL_TOKENS])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    configuration = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    configuration["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(configuration))
+    return folder

@@ -15,7 +15,7 @@ from megatron.data.jsonl import RefusedLine
 from megatron.tokenizer import load_tokenizer
 from megatron.utils.errors import ConfigError, DataError
 
-from .templates import FOLDED, FORGETFUL, HEADERS, MARKED, make_folder
+from .templates import FOLDED, FORGETFUL, HEADERS, MARKED, make_folder, make_marking_folder
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
@@ -60,6 +60,18 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, source: str, messages:
     assert Role.ASSISTANT in roles
     if source == MARKED:
         assert [int(role == Role.ASSISTANT) for role in roles] == expected["assistant_masks"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("strips", [False, True])
+def test_spaces_beside_special_tokens_are_as_transformers_has_them(tmp_path: Path, scheme: str, strips: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = make_marking_folder(tmp_path / "folder", HEADERS, scheme, strips)
+    expected = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(LONG, return_dict=True)
+    tokens, roles = find_chat_template(folder).encode(load_tokenizer(folder), LONG)
+    assert tokens.tolist() == expected["input_ids"] and set(roles.tolist()) == {0, 1, 2}
+    tokenizer = load_tokenizer(folder, ["<extra>"])
+    assert tokenizer.encode_markup(["a<extra> b"])[0].tolist().count(tokenizer.vocab_size - 1) == 1
 
 
 def test_an_answer_is_what_follows_the_prompt_for_it() -> None:

@@ -62,7 +62,7 @@ class Instance:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -75,8 +75,7 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 _DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (*_STORAGES.values(), torch.uint16, torch.uint32, torch.uint64)
+    str(dtype).removeprefix("torch."): dtype for dtype in (*STORAGES.values(), torch.uint16, torch.uint32, torch.uint64)
 }
 # Classes whose instances checkpoints of Megatron-LLM hold beside tensors; kept as data.
 _INERT = {
@@ -227,7 +226,7 @@ def _known(name: Name) -> Name:
 
 
 def _is_torch_word(name: Name) -> bool:
-    return name.module in ("torch", "torch.storage") and (name.name in _STORAGES or name.name in _DTYPES)
+    return name.module in ("torch", "torch.storage") and (name.name in STORAGES or name.name in _DTYPES)
 
 
 def _reduce(machine: _Machine, argument: Any) -> None:
@@ -271,7 +270,7 @@ def _persistent(machine: _Machine, argument: Any) -> None:
         raise ValueError("it refers to a storage of no known kind")
     if len(reference) > 5 and reference[5] is not None:
         raise UnreadableError("it holds views of storages, as only very old files do")
-    machine.stack.append(StorageRef(str(key), _STORAGES.get(kind.name), numel))
+    machine.stack.append(StorageRef(str(key), STORAGES.get(kind.name), numel))
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> TensorRef:

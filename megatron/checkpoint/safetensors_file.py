@@ -7,6 +7,7 @@ This module owns the file format and must not know what the tensors mean.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -39,6 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_FLUSH_BYTES = 64 * 2**20
 _HEADER_LIMIT_BYTES = 100 * 10**6  # the limit of the reference implementation
 
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -87,7 +89,9 @@ class SafetensorsWriter:
     rows. Use it as a context manager; it does not remove a file that was left unfinished by an exception.
     """
 
-    def __init__(self, path: Path, plan: Plan, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, plan: Plan, metadata: Mapping[str, str] | None = None, *, checksum: bool = True
+    ) -> None:
         """Create the file (it must not exist) and write its header. Raises CheckpointError as `write` does."""
         self.path = path
         # Wide elements first keeps every tensor aligned to its element size, which readers that map files rely on.
@@ -100,13 +104,15 @@ class SafetensorsWriter:
             offset += self.entries[name].size_bytes
         self.size_bytes = offset
         self._position = 0
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if checksum else None
+        self._flushed = 0
         self._hasher = ThreadPoolExecutor(max_workers=1)
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise _cannot_write(path, error, self.size_bytes) from error
+            raise cannot_write(path, error, self.size_bytes) from error
         try:
+            preallocate(self._descriptor, path, self.size_bytes)
             self._append(memoryview(header))
         except BaseException:
             self._release()
@@ -126,15 +132,15 @@ class SafetensorsWriter:
                 self._append(memory_of(block.contiguous().cpu()))
 
     def close(self) -> tuple[int, str]:
-        """Have everything on the disk; returns the size in bytes and the SHA-256 of the file."""
+        """Have everything on the disk; returns the size in bytes and the SHA-256 of the file ("" without checksum)."""
         assert self._position == self.size_bytes, f"{self.path}: {self._position} of {self.size_bytes} bytes written"
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            raise _cannot_write(self.path, error, self.size_bytes) from error
+            raise cannot_write(self.path, error, self.size_bytes) from error
         finally:
             self._release()
-        return self.size_bytes, self._digest.hexdigest()
+        return self.size_bytes, "" if self._digest is None else self._digest.hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -149,19 +155,41 @@ class SafetensorsWriter:
             self._hasher.shutdown()
 
     def _append(self, data: memoryview) -> None:
-        hashing = self._hasher.submit(self._digest.update, data)  # takes as long as the writing does
+        # It takes as long as the writing does.
+        hashing = None if self._digest is None else self._hasher.submit(self._digest.update, data)
         try:
             while data:
                 written = os.write(self._descriptor, data[:REQUEST_BYTES])
                 self._position += written
                 data = data[written:]
         except OSError as error:
-            raise _cannot_write(self.path, error, self.size_bytes) from error
+            raise cannot_write(self.path, error, self.size_bytes) from error
         finally:
-            hashing.result()
+            if hashing is not None:
+                hashing.result()
+        self._flushed = start_writing(self._descriptor, self._flushed, self._position)
 
 
-def _cannot_write(path: Path, error: OSError, size_bytes: int) -> CheckpointError:
+def preallocate(descriptor: int, path: Path, size_bytes: int) -> None:
+    """Have the room for a file set apart, so that a full disk shows at once. Raises CheckpointError."""
+    try:
+        if size_bytes:
+            os.posix_fallocate(descriptor, 0, size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # the file system has no such thing
+            raise cannot_write(path, error, size_bytes) from error
+
+
+def start_writing(descriptor: int, begin: int, stop: int) -> int:
+    """Let the disk begin with what was written, so that the last fsync has little left; returns up to where."""
+    if stop - begin < _FLUSH_BYTES:
+        return begin
+    # What is not on the disk yet stays in memory, and its writing is begun: which is all that is wanted here.
+    os.posix_fadvise(descriptor, begin, stop - begin, os.POSIX_FADV_DONTNEED)
+    return stop
+
+
+def cannot_write(path: Path, error: OSError, size_bytes: int) -> CheckpointError:
     return CheckpointError(
         f"{path} cannot be written ({error.strerror or error}); it needs {size_bytes:,} bytes: "
         "make room there or choose another folder."

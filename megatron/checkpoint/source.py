@@ -7,6 +7,7 @@ and a rank's reads touch only the files and rows it asks for.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from megatron.checkpoint.huggingface import (
 )
 from megatron.checkpoint.index import Index, StoredPiece, StoredTensor
 from megatron.checkpoint.manager import newest_checkpoint, read_pointer
+from megatron.checkpoint.megatron_llm import LATEST, find_megatron, index_megatron
 from megatron.checkpoint.meta import PARAMS, index_meta, is_meta
 from megatron.checkpoint.native import (
     MANIFEST,
@@ -141,6 +143,12 @@ class Source:
                     found += common.numel
         assert found == region.numel, (region, found)  # the index has only tensors that their pieces fill exactly
 
+    def again(self) -> Source:
+        """The same model with open files of its own, to read from another thread; close it as well."""
+        other = copy.copy(self)
+        other._readers = OrderedDict()
+        return other
+
     def close(self) -> None:
         for reader in self._readers.values():
             reader.close()
@@ -202,6 +210,12 @@ def open_source(path: str | Path) -> Source:
     if is_meta(folder):
         tensors, weight_files, config = index_meta(folder)
         return Source(folder, {"weights": tensors}, weight_files, format="meta", model_config=config)
+    found = find_megatron(folder)
+    if found is not None:
+        index, weight_files, config, _ = index_megatron(found)
+        return Source(
+            found.folder, index, weight_files, format="megatron-llm", model_config=config, tokenizer_folder=found.root
+        )
     if read_pointer(folder) is not None or any(step_of(child.name) is not None for child in folder.iterdir()):
         newest = newest_checkpoint(folder)
         if newest is None:
@@ -210,7 +224,7 @@ def open_source(path: str | Path) -> Source:
     raise CheckpointError(
         f"{folder} is neither a model nor a checkpoint: looked for {MANIFEST} (a checkpoint), step_… folders (a save "
         f"folder), {SINGLE} and {SHARD_INDEX} or {PICKLE} and {PICKLE_INDEX} (a Hugging Face model), {PARAMS} and "
-        "consolidated.00.pth (Meta's)."
+        f"consolidated.00.pth (Meta's), {LATEST} (Megatron-LLM's)."
     )
 
 

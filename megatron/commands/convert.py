@@ -1,4 +1,4 @@
-"""`megatron convert`: from a Hugging Face folder to a checkpoint and back."""
+"""`megatron convert`: a model from any format to any other, cut for a grid in the same pass."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron.checkpoint.convert import Format
+    from megatron.checkpoint.source import Format
 
-HELP = "convert between Hugging Face folders and sharded checkpoints"
+HELP = "convert a model between Hugging Face's, Meta's, Megatron-LLM's and our own format"
 
-_FORMATS: dict[str, Format] = {"hf": "huggingface", "native": "native"}
+_FORMATS: dict[str, Format] = {
+    "hf": "huggingface",
+    "native": "native",
+    "meta": "meta",
+    "megatron-llm": "megatron-llm",
+}
+_TITLES = {"huggingface": "Hugging Face", "native": "native", "meta": "Meta", "megatron-llm": "Megatron-LLM"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder of a model (Hugging Face's, Meta's), checkpoint or save folder")
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder of a model in any format, or save folder")
     parser.add_argument("destination", metavar="DST", type=Path, help="new folder to write")
     parser.add_argument(
-        "--to", choices=("hf", "native"), help="format to write (default: the other one than the source's)"
+        "--to", choices=tuple(_FORMATS), help="format to write (default: native; hf where the source is native)"
     )
     parser.add_argument(
-        "--tensor", type=int, metavar="N", help="cut native files for N tensor ranks; any grid loads them"
+        "--tensor", type=int, metavar="N", help="cut the files for N tensor ranks (native ones load on any grid)"
     )
-    parser.add_argument("--pipeline", type=int, metavar="N", help="and for N stages; any grid loads any cut")
+    parser.add_argument("--pipeline", type=int, metavar="N", help="and for N stages")
     parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16", "fp64"), help="cast the weights (default: keep)")
 
 
@@ -51,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         line.clear()
     seconds = time.monotonic() - began
     print(
-        f"{done.source} -> {done.destination} ({'Hugging Face' if done.format == 'huggingface' else 'native'}): "
+        f"{done.source} -> {done.destination} ({_TITLES[done.format]}): "
         f"{done.tensors} tensors, {format_count(done.parameters)} parameters, {format_bytes(done.size_bytes)} in "
         f"{done.files} {'file' if done.files == 1 else 'files'}, {format_duration(seconds)}"
     )
@@ -66,16 +72,29 @@ class _ProgressLine:
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._interval_s = 0.1 if self._terminal else 10.0
-        self._shown = time.monotonic()
+        self._shown = self._began = time.monotonic()
+        self._first_bytes: int | None = None  # what an earlier run had done counts for no speed
 
     def show(self, what: str, done_bytes: int, total_bytes: int) -> None:
         now = time.monotonic()
         if now - self._shown < self._interval_s:
             return
         self._shown = now
+        if self._first_bytes is None:
+            self._first_bytes, self._began = done_bytes, now
         percent = 100 * done_bytes // max(total_bytes, 1)
-        text = f"{percent:3d} %  {done_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB  {what}"
+        left = self._left(now, done_bytes, total_bytes)
+        text = f"{percent:3d} %  {done_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB{left}  {what}"
         print(f"\r\033[K{text[:100]}" if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr)
+
+    def _left(self, now: float, done_bytes: int, total_bytes: int) -> str:
+        """How long the rest takes at the speed so far."""
+        from megatron.utils.units import format_duration
+
+        moved = done_bytes - (self._first_bytes or 0)
+        if not moved:
+            return ""
+        return f", {format_duration((total_bytes - done_bytes) * (now - self._began) / moved)} left"
 
     def clear(self) -> None:
         """Remove the line, so that what follows stands alone."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import megatron
 from megatron.__main__ import main
 from megatron.checkpoint import convert as convert_module
+from megatron.checkpoint import copying, targets
 from megatron.checkpoint.convert import convert
 from megatron.checkpoint.safetensors_file import SafetensorsWriter
 from megatron.checkpoint.source import open_source
@@ -155,7 +156,7 @@ def test_a_configuration_that_says_it_all_is_carried_byte_for_byte(tmp_path: Pat
 
 
 def test_blocks_of_rows_make_no_difference(model: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(convert_module, "BLOCK_BYTES", 100)  # three rows of the embedding
+    monkeypatch.setattr(copying, "BLOCK_BYTES", 100)  # three rows of the embedding
     convert(model, tmp_path / "native", tensor=2)
     convert(tmp_path / "native", tmp_path / "back")
     assert same(read_all(tmp_path / "back"), read_all(model))
@@ -169,7 +170,7 @@ def test_the_real_model_round_trip(shared: Path, tmp_path: Path) -> None:
 
 
 def test_large_models_are_written_in_shards_with_an_index(model: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(convert_module, "FILE_BYTES", 4000)
+    monkeypatch.setattr(targets, "FILE_BYTES", 4000)
     done = convert(model, tmp_path / "sharded", to="huggingface")
     files = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
     assert done.files == len(files) > 2
@@ -278,9 +279,8 @@ def test_a_damaged_checkpoint_is_not_converted(model: Path, tmp_path: Path) -> N
     assert not (tmp_path / "back").exists()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["Ctrl-C", "full"])
 @pytest.mark.parametrize("existing", [True, False])
-def test_half_way_nothing_remains(model: Path, tmp_path: Path, error, existing: bool) -> None:
+def test_after_an_error_half_way_nothing_remains(model: Path, tmp_path: Path, existing: bool) -> None:
     destination = tmp_path / "out"
     if existing:
         destination.mkdir()
@@ -288,12 +288,70 @@ def test_half_way_nothing_remains(model: Path, tmp_path: Path, error, existing: 
     def progress(what: str, done: int, total: int) -> None:
         if done > total // 2:
             assert list(tmp_path.glob("out.*.partial/*"))
-            raise error
+            raise OSError(28, "No space left on device")
 
-    with pytest.raises((KeyboardInterrupt, CheckpointError)):
-        convert(model, destination, progress=progress)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        convert(model, destination, progress=progress, tensor=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"][: 1 + existing]
     assert not existing or not any(destination.iterdir())
+
+
+@pytest.mark.parametrize("to", ["native", "megatron-llm"])
+def test_an_interrupted_conversion_goes_on_to_the_same_result(model: Path, tmp_path: Path, monkeypatch, to) -> None:
+    """Finished files are not written again, and the result is that of a conversion in one go."""
+    monkeypatch.setattr(copying, "_WORKERS", 1)
+    grid = {"tensor": 2, "pipeline": 3}
+    convert(model, tmp_path / "once", to=to, **grid)
+    copied = [0, 0]
+
+    def progress(what: str, done: int, total: int) -> None:
+        copied[0] = done
+        if done > total // 2 and not copied[1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, tmp_path / "out", to=to, progress=progress, **grid)
+    (partial,) = tmp_path.glob("out.*.partial")
+    done = {path: path.stat().st_mtime_ns for name in copying.read_journal(partial) for path in [partial / name]}
+    assert done and not (tmp_path / "out").exists()
+    copied[1] = 1
+    convert(model, tmp_path / "out", to=to, progress=progress, **grid)
+    files = {path.relative_to(tmp_path / "once"): path for path in (tmp_path / "once").rglob("*") if path.is_file()}
+    assert files.keys() == {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    for name, path in files.items():
+        assert (tmp_path / "out" / name).read_bytes() == path.read_bytes(), name
+    for path, written_ns in done.items():
+        assert (tmp_path / "out" / path.relative_to(partial)).stat().st_mtime_ns == written_ns
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_was_begun_for_another_source_is_not_gone_on_with(model: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(copying, "_WORKERS", 1)
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, tmp_path / "out", tensor=2, progress=interrupt)
+    changed = {name: tensor + 1 for name, tensor in read_all(model).items()}
+    save_file(changed, model / "model.safetensors", {"format": "pt"})
+    convert(model, tmp_path / "out", tensor=2)
+    convert(tmp_path / "out", tmp_path / "back")
+    assert same(read_all(tmp_path / "back"), changed)
+
+
+def test_two_conversions_to_one_folder_do_not_mix(model: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not refused:
+            with pytest.raises(CheckpointError, match="is being written by another process"):
+                convert(model, tmp_path / "out")
+            refused.append(True)
+
+    convert(model, tmp_path / "out", progress=progress)
+    assert refused
 
 
 def test_too_little_room_is_told_before_writing(model: Path, tmp_path: Path, monkeypatch) -> None:
@@ -314,7 +372,7 @@ def test_an_empty_folder_is_filled_and_another_is_not_touched(model: Path, tmp_p
 
 
 def test_requests_that_cannot_be(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cut native files"):
+    with pytest.raises(ConfigError, match="leave them out for Hugging Face"):
         convert(model, tmp_path / "out", to="huggingface", tensor=2)
     with pytest.raises(ConfigError, match="at least 1"):
         convert(model, tmp_path / "out", tensor=0)

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron.checkpoint.convert import convert
+from megatron.checkpoint.meta import _inner_rule
 from megatron.checkpoint.source import open_source
 from megatron.parallel.layout import Region
-from megatron.utils.errors import CheckpointError
+from megatron.utils.errors import CheckpointError, ConfigError
 
 from .conftest import CONFIG
 from .test_convert import random_weights, same, write_model
@@ -165,7 +166,9 @@ def test_a_flipped_bit_is_not_converted(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 8
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth is damaged: its checksums are wrong"):
+    with pytest.raises(
+        CheckpointError, match=r"consolidated\.00\.pth is damaged: its checksum is not the one within it"
+    ):
         convert(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["meta"]
 
@@ -220,3 +223,36 @@ def test_hostile_folders_of_pickles(tmp_path: Path, monkeypatch, kind: str) -> N
     with pytest.raises(CheckpointError, match=message[kind]):
         convert(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+
+
+@pytest.mark.parametrize(("shards", "embedding_dim"), [(1, 1), (2, 1)])
+def test_what_is_written_is_what_meta_has(tmp_path: Path, shards: int, embedding_dim: int) -> None:
+    weights = meta_weights()
+    expected = write_meta(tmp_path / "expected", weights, shards, embedding_dim)
+    convert(expected, tmp_path / "hf", to="huggingface")
+    convert(tmp_path / "hf", tmp_path / "meta", to="meta", tensor=shards)
+    for path in sorted(expected.glob("*.pth")):
+        wanted = torch.load(path, weights_only=True)
+        del wanted["rope.freqs"]
+        assert same(torch.load(tmp_path / "meta" / path.name, weights_only=True, mmap=True), wanted)
+    params = json.loads((tmp_path / "meta" / "params.json").read_text())
+    assert {"dim": 16, "n_heads": 4, "n_kv_heads": 2, "n_layers": 3, "vocab_size": 40}.items() <= params.items()
+    inner = int(params.get("ffn_dim_multiplier", 1) * int(8 * params["dim"] / 3))
+    assert params["multiple_of"] * -(-inner // params["multiple_of"]) == 24
+    convert(tmp_path / "meta", tmp_path / "native", tensor=2)
+    convert(tmp_path / "native", tmp_path / "back")
+    assert same(load_file(tmp_path / "back" / "model.safetensors"), transformers_rule(weights))
+
+
+def test_scaling_survives_meta_and_what_it_lacks_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "bias", {**CONFIG, "mlp_bias": True}, random_weights({**CONFIG, "mlp_bias": True}))
+    with pytest.raises(ConfigError, match="mlp_bias=True"):
+        convert(folder, tmp_path / "out", to="meta")
+    with pytest.raises(ConfigError, match="num_key_value_heads=2 is not divisible by 4"):
+        convert(write_meta(tmp_path / "meta", meta_weights(), 1), tmp_path / "out", to="meta", tensor=4)
+    assert not (tmp_path / "out").exists()
+    sizes = [(4096, 11008), (5120, 13824), (6656, 17920), (8192, 22016), (8192, 28672), (4096, 14336), (64, 172)]
+    for hidden, inner in sizes:
+        multiple_of, multiplier = _inner_rule(hidden, inner)
+        size = int(2 * 4 * hidden / 3) if multiplier is None else int(multiplier * int(2 * 4 * hidden / 3))
+        assert multiple_of * ((size + multiple_of - 1) // multiple_of) == inner

@@ -1,0 +1,371 @@
+"""Megatron-LLM's checkpoint folders, of any tensor × pipeline grid: the trainer's dialect and the converter's.
+
+    DIR/latest_checkpointed_iteration.txt        "release" or a number
+        release/  or  iter_0000100/mp_rank_00[_000]/model_optim_rng.pt   (model_rng.pt: the optimizer is elsewhere)
+
+A `config.json` in DIR (ours, or copied there by hand) says what the model is; without one it is told from the saved
+arguments, among which their resharder loses the rotary base, its scaling and the eps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.huggingface import MODEL_CONFIG, read_config
+from megatron.checkpoint.index import StoredPiece, StoredTensor, collect_index
+from megatron.checkpoint.layout import FileTensor
+from megatron.checkpoint.megatron_layout import Dialect, MegatronGrid, chunk_tensors
+from megatron.checkpoint.pickled import Instance, Name, TensorRef
+from megatron.checkpoint.strided import Entry
+from megatron.checkpoint.torch_file import TorchReader
+from megatron.checkpoint.torch_writer import nested
+from megatron.model.config import ModelConfig
+from megatron.utils.errors import CheckpointError, ConfigError
+
+LATEST = "latest_checkpointed_iteration.txt"
+MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
+
+_RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_FAMILIES = ("llama", "mistral", "gpt2", "gpt_neox")
+_LEAST_VERSION = 2.0  # before, rows of queries, keys and values lay in other orders
+
+
+@dataclass(frozen=True)
+class MegatronFolder:
+    """What was found: `root` is the folder that users name, `files` the file of each (tensor rank, stage)."""
+
+    root: Path
+    folder: Path
+    files: Mapping[tuple[int, int], Path]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return 1 + max(rank for rank, _ in self.files), 1 + max(stage for _, stage in self.files)
+
+
+def find_megatron(path: Path) -> MegatronFolder | None:
+    """The checkpoint that a folder holds or is; None where it is not Megatron-LLM's. Raises CheckpointError."""
+    if (path / LATEST).is_file():
+        try:
+            word = (path / LATEST).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path / LATEST} cannot be read ({error}).") from error
+        if word != "release" and not word.isdecimal():
+            raise CheckpointError(f"{path / LATEST} says {word!r}: neither an iteration nor 'release'.")
+        folder = path / (word if word == "release" else f"iter_{int(word):07d}")
+        files = _rank_files(folder)
+        if not files:
+            raise CheckpointError(f"{path / LATEST} says {word}, but {folder} holds no mp_rank_…/{MODEL_FILES[0]}.")
+        return _complete(MegatronFolder(path, folder, files))
+    files = _rank_files(path)
+    root = path.parent if (path.parent / LATEST).is_file() else path
+    return _complete(MegatronFolder(root, path, files)) if files else None
+
+
+def index_megatron(
+    found: MegatronFolder,
+) -> tuple[dict[str, dict[str, StoredTensor]], list[str], dict[str, Any], dict[str, Any]]:
+    """Where every canonical tensor is, the weight files, `config.json`'s content, and the saved arguments.
+
+    Files are named relative to the checkpoint's folder. Raises CheckpointError for ranks that are damaged, disagree, or
+    do not hold what the model has.
+    """
+    names = {place: str(path.relative_to(found.folder)) for place, path in found.files.items()}
+    with ExitStack() as stack:
+        readers = {place: stack.enter_context(TorchReader(path)) for place, path in found.files.items()}
+        first = readers[0, 0]
+        arguments = _arguments(first)
+        tensor, pipeline = found.grid
+        stated = arguments.get("tensor_model_parallel_size"), arguments.get("pipeline_model_parallel_size")
+        if any(size is not None and size != have for size, have in zip(stated, (tensor, pipeline), strict=True)):
+            raise CheckpointError(
+                f"{found.folder} is incomplete: its arguments say {stated[0]} tensor ranks and {stated[1]} stages, "
+                f"there are files of {tensor} and {pipeline}."
+            )
+        grid = MegatronGrid(tensor, pipeline, _virtual_chunks(first))
+        dialect: Dialect = "trainer" if any("/encoder/" in name for name in first.entries) else "converter"
+        config = _config(found, arguments, readers)
+        pieces: list[tuple[str, StoredPiece]] = []
+        try:
+            model = ModelConfig.from_huggingface(config)
+            grid.check(model)
+        except ConfigError as error:
+            raise CheckpointError(f"{found.folder} does not hold a model that is built here: {error}") from error
+        padded = tensor * _vocabulary_rows(readers[0, 0])
+        for place, reader in readers.items():
+            expected = rank_tensors(model, grid, place, padded, _Unknown(), dialect)
+            _check(reader, expected)
+            for item in expected:
+                pieces += _as_stored(item, reader.entries[item.key], names[place])
+    index, problems = collect_index(pieces)
+    if problems:
+        raise CheckpointError(f"The ranks in {found.folder} do not make whole tensors: {'; '.join(problems[:5])}.")
+    return index, sorted(names.values()), config, arguments
+
+
+def rank_tensors(
+    model: ModelConfig,
+    grid: MegatronGrid,
+    place: tuple[int, int],
+    padded: int,
+    dtypes: Mapping[str, torch.dtype],
+    dialect: Dialect,
+) -> list[FileTensor]:
+    """All tensors of the file of one (tensor rank, stage)."""
+    return [
+        item
+        for chunk in range(grid.virtual)
+        for item in chunk_tensors(
+            model, grid, rank=place[0], stage=place[1], chunk=chunk, padded=padded, dtypes=dtypes, dialect=dialect
+        )
+    ]
+
+
+def _as_stored(item: FileTensor, entry: Entry, file: str) -> Iterator[tuple[str, StoredPiece]]:
+    return FileTensor(item.key, item.shape, entry.dtype, item.pieces).stored(file)
+
+
+def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
+    """The model file of each (tensor rank, stage)."""
+    files = {}
+    for child in folder.glob("mp_rank_*") if folder.is_dir() else []:
+        match = _RANK_FOLDER.fullmatch(child.name)
+        present = [child / name for name in MODEL_FILES if (child / name).is_file()]
+        if match and present:
+            files[int(match[1]), int(match[2] or 0)] = present[0]
+    return files
+
+
+def _complete(found: MegatronFolder) -> MegatronFolder:
+    tensor, pipeline = found.grid
+    missing = [
+        f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else "")
+        for stage in range(pipeline)
+        for rank in range(tensor)
+        if (rank, stage) not in found.files
+    ]
+    if missing:
+        raise CheckpointError(f"{found.folder} is incomplete: {', '.join(missing[:5])} of {tensor * pipeline} missing.")
+    return found
+
+
+def _arguments(reader: TorchReader) -> dict[str, Any]:
+    """The attributes of the saved `args`, those that are plain values."""
+    content = reader.content
+    if not isinstance(content, dict) or not isinstance(content.get("args"), Instance):
+        raise CheckpointError(f"{reader.path} is not a checkpoint of Megatron-LLM: it holds no args.")
+    version = content.get("checkpoint_version", 0)
+    if not isinstance(version, (int, float)) or version < _LEAST_VERSION:
+        raise CheckpointError(
+            f"{reader.path} has checkpoint_version {version}: before 2 the rows of queries, keys and values had other "
+            "orders. Load and save it once with Megatron-LLM itself."
+        )
+    return {**content["args"].values, "iteration": content.get("iteration", content["args"].values.get("iteration"))}
+
+
+def _virtual_chunks(reader: TorchReader) -> int:
+    return max(1, sum(bool(re.fullmatch(r"model\d+", str(name))) for name in reader.content))
+
+
+def _vocabulary_rows(reader: TorchReader) -> int:
+    for name, entry in reader.entries.items():
+        if re.search(r"/embedding/word_embeddings[./]weight$", name) and len(entry.shape) == 2:
+            return entry.shape[0]
+    raise CheckpointError(f"{reader.path} holds no word embeddings, which the first stage has.")
+
+
+class _Unknown(defaultdict[str, torch.dtype]):
+    """A dtype for every name: what a file has is told by its entries."""
+
+    def __missing__(self, name: str) -> torch.dtype:
+        return torch.float32
+
+
+def _check(reader: TorchReader, expected: list[FileTensor]) -> None:
+    """Raise CheckpointError where a file does not hold just these tensors."""
+    wanted = {item.key: item.shape for item in expected}
+    found = {name: entry.shape for name, entry in reader.entries.items() if re.match(r"model\d*/", name)}
+    extra = [name for name in found.keys() - wanted.keys() if not name.endswith(("inv_freq", "_extra_state"))]
+    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    problems += [f"{name} is unexpected" for name in extra]
+    problems += [
+        f"{name} has shape {list(found[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"{reader.path} does not hold the model that its args describe: {'; '.join(sorted(problems)[:5])}{more}."
+        )
+
+
+def _config(
+    found: MegatronFolder, arguments: Mapping[str, Any], readers: Mapping[tuple[int, int], TorchReader]
+) -> dict[str, Any]:
+    """The content of a `config.json` for the model: the one there, or what the arguments say."""
+    padded = found.grid[0] * _vocabulary_rows(readers[0, 0])
+    if (found.root / MODEL_CONFIG).is_file():
+        config = read_config(found.root)
+        if int(config.get("vocab_size", 0)) > padded:
+            raise CheckpointError(
+                f"{found.root / MODEL_CONFIG} says vocab_size={config['vocab_size']}, embeddings have {padded} rows."
+            )
+        return config
+    try:
+        return config_of_arguments(arguments, padded)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"The args in {found.folder} do not describe a model ({error!r}).") from error
+
+
+def config_of_arguments(arguments: Mapping[str, Any], padded: int) -> dict[str, Any]:
+    """What a `config.json` says of a model with these arguments; raises KeyError, TypeError or ValueError."""
+    hidden, heads = int(arguments["hidden_size"]), int(arguments["num_attention_heads"])
+    layers = int(arguments.get("num_layers") or arguments["encoder_num_layers"])
+    inner = int(arguments.get("ffn_hidden_size") or 4 * hidden)
+    positions = int(arguments.get("max_position_embeddings") or arguments["seq_length"])
+    vocabulary = int(arguments.get("true_vocab_size") or padded)
+    eps = float(arguments.get("layernorm_epsilon") or 1e-5)
+    if arguments.get("parallel_attn"):
+        raise ValueError("parallel_attn: give the model's config.json in the folder")
+    if arguments.get("glu_activation") in (None, "None", ""):
+        if arguments.get("use_rms_norm"):
+            raise ValueError("use_rms_norm without glu_activation")
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": vocabulary,
+            "n_embd": hidden,
+            "n_inner": inner,
+            "n_layer": layers,
+            "n_head": heads,
+            "n_positions": positions,
+            "layer_norm_epsilon": eps,
+            "activation_function": "gelu_new" if arguments.get("bias_gelu_fusion", True) else "gelu",
+            "tie_word_embeddings": bool(arguments.get("tie_embed_logits", True)),
+        }
+    if arguments["glu_activation"] != "swiglu" or not arguments.get("use_rms_norm"):
+        raise ValueError(
+            f"glu_activation={arguments['glu_activation']!r} with use_rms_norm={arguments.get('use_rms_norm')}"
+        )
+    window = arguments.get("sliding_window_size")
+    scaling = float(arguments.get("rope_scaling_factor") or 1.0)
+    config: dict[str, Any] = {
+        "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
+        "model_type": "mistral" if window else "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(arguments.get("num_attention_heads_kv") or heads),
+        "head_dim": int(arguments.get("kv_channels") or hidden // heads),
+        "max_position_embeddings": positions,
+        "rms_norm_eps": eps,
+        "rope_theta": float(arguments.get("rope_theta") or 10000.0),
+        "hidden_act": "silu",
+        "tie_word_embeddings": bool(arguments.get("tie_embed_logits", False)),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if window:
+        config["sliding_window"] = int(window)
+    else:
+        config |= {"attention_bias": False, "mlp_bias": False}
+    if scaling != 1.0:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": scaling}
+    return config
+
+
+def megatron_files(
+    config: ModelConfig, grid: MegatronGrid, dtypes: Mapping[str, torch.dtype], divisor: int = 128
+) -> dict[str, list[FileTensor]]:
+    """The tensors of each file of a `release`, in the trainer's dialect; raises ConfigError where that cannot be."""
+    grid.check(config)
+    padded = padded_rows(config.vocab_size, grid.tensor, divisor)
+    files = {}
+    for stage in range(grid.pipeline):
+        for rank in range(grid.tensor):
+            ending = f"_{stage:03d}" if grid.pipeline > 1 else ""
+            name = f"release/mp_rank_{rank:02d}{ending}/{MODEL_FILES[0]}"
+            files[name] = rank_tensors(config, grid, (rank, stage), padded, dtypes, "trainer")
+    return files
+
+
+def padded_rows(vocabulary: int, tensor: int, divisor: int) -> int:
+    """The smallest multiple of divisor · tensor that holds the vocabulary."""
+    unit = divisor * tensor
+    return unit * -(-vocabulary // unit)
+
+
+def arguments_of(
+    config: ModelConfig, stated: Mapping[str, Any], grid: MegatronGrid, dtype: torch.dtype, divisor: int = 128
+) -> dict[str, Any]:
+    """The arguments to save with a model's weights; `stated` is the content of `config.json`.
+
+    Raises ConfigError for a model whose function Megatron-LLM has not.
+    """
+    scaling = stated.get("rope_scaling") or stated.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    biases = {config.query_key_value_bias, config.attention_output_bias, config.mlp_bias}
+    problems = [] if config.model_type in _FAMILIES else [f"model_type={config.model_type!r}"]
+    problems += ["biases in some layers only"] if len(biases) > 1 else []
+    problems += [f"rotary scaling of type {kind!r}"] if kind not in ("default", "linear") else []
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        problems.append(f"head_dim={config.head_dim}")
+    if problems:
+        raise ConfigError(f"Megatron-LLM cannot compute this model: {'; '.join(problems)}.")
+    arguments = {
+        "num_layers": config.num_hidden_layers,
+        "encoder_num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_attention_heads_kv": config.num_key_value_heads,
+        "kv_channels": config.head_dim,
+        "ffn_hidden_size": config.intermediate_size,
+        "parallel_attn": False,
+        "use_bias": biases == {True},
+        "make_vocab_size_divisible_by": divisor,
+        "glu_activation": "swiglu" if config.is_gated else None,
+        "padded_vocab_size": padded_rows(config.vocab_size, grid.tensor, divisor),
+        "true_vocab_size": config.vocab_size,
+        "use_rms_norm": config.rms_norm_eps is not None,
+        "tie_embed_logits": config.tie_word_embeddings,
+        "tokenizer_type": "SentencePieceTokenizer" if config.is_gated else "GPT2BPETokenizer",
+        "max_position_embeddings": config.max_position_embeddings,
+        "seq_length": config.max_position_embeddings,
+        "layernorm_epsilon": config.norm_eps,
+        "tensor_model_parallel_size": grid.tensor,
+        "pipeline_model_parallel_size": grid.pipeline,
+        "params_dtype": dtype,
+        "iteration": "release",
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "bias_gelu_fusion": config.hidden_act == "gelu_new",
+        "bias_droput_fusion": False,  # as their converter spells it
+        "position_embedding_type": "absolute" if config.rope_theta is None else "rotary",
+    }
+    if config.rope_theta is not None:
+        arguments["rope_theta"] = config.rope_theta
+        arguments["rope_scaling_factor"] = float(scaling.get("factor") or 1.0)
+    if stated.get("sliding_window") and config.model_type == "mistral":
+        arguments["sliding_window_size"] = int(stated["sliding_window"])
+    return arguments
+
+
+def file_content(arguments: Mapping[str, Any], references: Mapping[str, TensorRef]) -> dict[str, Any]:
+    """All that one file of a `release` holds, around its tensors."""
+    return {
+        "args": Instance(Name("argparse", "Namespace"), (), dict(arguments)),
+        "checkpoint_version": 3.0,
+        "iteration": "release",
+        **nested(references),
+    }

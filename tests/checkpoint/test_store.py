@@ -159,7 +159,7 @@ def test_one_rank_with_a_full_disk_fails_all_alike(tmp_path: Path, tensors, monk
 
     def append(writer, data):
         if writer.path.name == f"optimizer-master-{failing_rank:05d}.safetensors":
-            raise safetensors_file._cannot_write(writer.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 10)
+            raise safetensors_file.cannot_write(writer.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 10)
         genuine(writer, data)
 
     monkeypatch.setattr(safetensors_file.SafetensorsWriter, "_append", append)

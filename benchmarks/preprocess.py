@@ -23,6 +23,7 @@ import json
 import os
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -62,6 +63,7 @@ class Lane:
 
 def main() -> None:
     """Measure, print the tables, write the figures."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the contestant is ended and the corpus removed
     arguments = parse_arguments()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
     machine = describe_machine(arguments.cores)
@@ -174,9 +176,12 @@ def turn(lane: Lane, corpus: str, job: dict[str, Any], folder: Path) -> None:
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
-        while process.poll() is None:
-            lane.peak_bytes = max(lane.peak_bytes, resident_bytes_of_tree(process.pid))
-            time.sleep(0.02)
+        try:
+            while process.poll() is None:
+                lane.peak_bytes = max(lane.peak_bytes, resident_bytes_of_tree(process.pid))
+                time.sleep(0.02)
+        finally:
+            process.terminate()  # without effect on one that has ended
         seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
         processor_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         output.seek(0)

@@ -158,7 +158,7 @@ class StableOrderDataset(StoredDataset):
         """The windows that these samples are."""
         epochs, positions = np.divmod(indices, self.windows_per_epoch)
         windows = np.empty_like(positions)
-        for epoch in range(int(epochs.min()), int(epochs.max()) + 1) if len(epochs) else ():
+        for epoch in np.unique(epochs).tolist():
             of_epoch = epochs == epoch
             windows[of_epoch] = self._permutation(epoch).of(positions[of_epoch])
         return windows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 
 from megatron.config.data import BlendFrom, DataConfig
 from megatron.data import build
-from megatron.data.blend import Blend
+from megatron.data.blend import Blend, StableChoices, Stage
 from megatron.data.build import (
     build_train_dataset,
     build_validation_datasets,
@@ -100,6 +101,23 @@ def test_stable_order_goes_on_alike_when_the_run_is_extended(pairs: tuple[str, s
     config = DataConfig(train=((0.7, pairs[0]), (0.3, pairs[1])), order="stable")
     short, long = train(config, samples=10), train(config, samples=10_000)
     assert [short.sample(i).tolist() for i in range(50)] == [long.sample(i).tolist() for i in range(50)]
+
+
+def test_the_stable_order_takes_no_memory_that_grows_with_the_data(make_pair: MakePair) -> None:
+    """Neither when it is made nor when its first samples are found; a blend has its table, whatever its length."""
+    pairs = [make_pair([[1]] * 30_000, name=name) for name in "abc"]
+    streams = [stream(prefix) for prefix in pairs]
+    indices = 10**12 + np.arange(64)
+    StableOrderDataset(streams[0], sequence_length=2, seed=1).windows(indices)  # what is loaded once
+    tracemalloc.start()
+    members = [StableOrderDataset(one, sequence_length=2, seed=1) for one in streams]
+    members[0].windows(indices)
+    alone = tracemalloc.get_traced_memory()[1]
+    blend = Blend(members, [Stage(0, StableChoices([0.6, 0.1, 0.3]), (0, 1, 2))])
+    blend.locate(indices)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert alone < 100_000 and kept < 1_000_000
 
 
 def test_synthetic_data_stay_in_the_vocabulary_and_differ_between_training_and_validation() -> None:

@@ -196,7 +196,9 @@ def turn(lane: Lane, corpus: str, job: dict[str, Any], folder: Path) -> None:
     else:
         outcome = json.loads(said.strip().splitlines()[-1])
         lane.tokens = max(lane.tokens, outcome["tokens"])
-        seconds, processor_seconds = outcome["seconds"], outcome["processor_seconds"]
+        seconds = outcome["seconds"]
+        if lane.name in _RAW:  # the others' processes are counted when they have all ended
+            processor_seconds = outcome["processor_seconds"]
     if corpus == "whole":
         lane.processor_seconds.append(processor_seconds)
     (lane.seconds if corpus == "whole" else lane.small_seconds).append(seconds)

@@ -190,11 +190,15 @@ def test_a_damaged_record_is_refused(options: PreprocessOptions, monkeypatch: py
         with pytest.raises(DataError, match=r"not a record of a run that can be continued .*--restart"):
             preprocess(options)
     path.unlink()
-    stop_once(options, monkeypatch, 5)
-    partial = Path(f"{options.output_prefix}_q_document.bin.partial")
-    partial.write_bytes(partial.read_bytes()[:10])
-    with pytest.raises(DataError, match="it was cut short"):
-        preprocess(options)
+    for end in ("_q_document.bin", "_a_document.idx", "_q_document.lines", ".quarantine.jsonl"):
+        stop_once(replace(options, restart=True), monkeypatch, 40)
+        partial = Path(f"{options.output_prefix}{end}.partial")
+        partial.write_bytes(partial.read_bytes()[:10])
+        with pytest.raises(DataError, match=r"cannot be gone on with: .*it was cut short; add --restart"):
+            preprocess(options)
+        partial.unlink()
+        with pytest.raises(DataError, match=r"cannot be gone on with: .*No such file .*; add --restart"):
+            preprocess(options)
 
 
 def test_a_second_run_on_the_same_output_is_refused(options: PreprocessOptions) -> None:

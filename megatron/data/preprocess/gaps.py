@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.utils.errors import DataError
+
 _ENTRY = 3  # source, first line, last line
+
+
+def open_kept(path: Path, kept_bytes: int) -> BinaryIO:
+    """A file to append to, of which so many bytes are kept. Raises DataError if it has fewer."""
+    file = open(path, "r+b" if kept_bytes else "wb")  # noqa: SIM115 - the caller closes it
+    actual = file.seek(0, os.SEEK_END)
+    if actual < kept_bytes:
+        file.close()
+        raise DataError(f"{path} is {actual:,} bytes, but {kept_bytes:,} were written; it was cut short")
+    file.truncate(kept_bytes)
+    file.seek(kept_bytes)
+    return file
 
 
 class GapFile:
@@ -16,9 +31,7 @@ class GapFile:
 
     def __init__(self, prefix: str, kept_entries: int = 0) -> None:
         self.path = Path(f"{prefix}.lines.partial")
-        self._file = open(self.path, "r+b" if kept_entries else "wb")  # noqa: SIM115 - closed by close
-        self._file.truncate(kept_entries * _ENTRY * 8)
-        self._file.seek(kept_entries * _ENTRY * 8)
+        self._file = open_kept(self.path, kept_entries * _ENTRY * 8)
         self.num_entries = kept_entries
 
     def add(self, source: int, lines: NDArray[np.int64]) -> None:

@@ -14,6 +14,7 @@ from megatron.data.indexed import IndexedWriter, Written, publish_pair
 from megatron.data.preprocess.gaps import GapFile
 from megatron.data.preprocess.quarantine import Quarantine, publish_quarantine
 from megatron.data.provenance import Provenance, provenance_path, provenance_text
+from megatron.utils.errors import DataError
 from megatron.utils.files import fsync_folder, sha256_file, write_atomically
 
 _ENDING = ".partial"
@@ -38,21 +39,34 @@ class Outputs:
         dtypes: Sequence[np.dtype],
         lengths: Lengths | None,
     ) -> None:
-        self._run_prefix = run_prefix
+        self.writers: list[IndexedWriter] = []
+        self.gaps: list[GapFile] = []
+        try:
+            with ExitStack() as stack:
+                self._open(run_prefix, pair_prefixes, dtypes, lengths, stack)
+                self._files = stack.pop_all()
+        except (DataError, FileNotFoundError) as error:
+            if lengths is None:
+                raise
+            raise DataError(f"the earlier run cannot be gone on with: {error}; add --restart to begin again") from error
+
+    def _open(
+        self,
+        run_prefix: str,
+        pair_prefixes: Sequence[str],
+        dtypes: Sequence[np.dtype],
+        lengths: Lengths | None,
+        stack: ExitStack,
+    ) -> None:
         pairs = [None] * len(pair_prefixes) if lengths is None else lengths.pairs
         entries = [0] * len(pair_prefixes) if lengths is None else lengths.gap_entries
-        with ExitStack() as stack:
-            self.writers: list[IndexedWriter] = []
-            self.gaps: list[GapFile] = []
-            for prefix, dtype, written, kept in zip(pair_prefixes, dtypes, pairs, entries, strict=True):
-                self.writers.append(IndexedWriter(prefix, dtype, ending=_ENDING, written=written))
-                stack.callback(self.writers[-1].leave)
-                self.gaps.append(GapFile(prefix, kept))
-                stack.callback(self.gaps[-1].close)
-            kept_bytes = 0 if lengths is None else lengths.quarantine_bytes
-            self.quarantine = Quarantine(quarantine_path(run_prefix), kept_bytes)
-            stack.callback(self.quarantine.close)
-            self._files = stack.pop_all()
+        for prefix, dtype, written, kept in zip(pair_prefixes, dtypes, pairs, entries, strict=True):
+            self.writers.append(IndexedWriter(prefix, dtype, ending=_ENDING, written=written))
+            stack.callback(self.writers[-1].leave)
+            self.gaps.append(GapFile(prefix, kept))
+            stack.callback(self.gaps[-1].close)
+        self.quarantine = Quarantine(quarantine_path(run_prefix), 0 if lengths is None else lengths.quarantine_bytes)
+        stack.callback(self.quarantine.close)
 
     @property
     def lengths(self) -> Lengths:

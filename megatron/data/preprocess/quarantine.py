@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.jsonl import BadLine
+from megatron.data.preprocess.gaps import open_kept
 from megatron.utils.errors import ConfigError
 
 
@@ -60,9 +61,7 @@ class Quarantine:
     def __init__(self, path: Path, kept_bytes: int = 0) -> None:
         self._path = path
         self.partial = path.with_name(path.name + ".partial")
-        self._file = open(self.partial, "r+b" if kept_bytes else "wb")  # noqa: SIM115 - closed by close
-        self._file.truncate(kept_bytes)
-        self._file.seek(kept_bytes)
+        self._file = open_kept(self.partial, kept_bytes)
 
     def add(self, file: Path, line: int, origin: dict[str, int], bad: BadLine) -> None:
         """Keep a bad line; `origin` is empty, or says where line 1 is."""
@@ -90,10 +89,6 @@ class Quarantine:
     def close(self) -> None:
         """Leave the file as it is."""
         self._file.close()
-
-    def publish(self) -> None:
-        """Put the file in the place of an earlier run's."""
-        publish_quarantine(self._path, self.partial)
 
 
 def publish_quarantine(path: Path, partial: Path) -> None:

@@ -171,11 +171,17 @@ def _batches(
         num_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in keys)
         batch_rows = max(1, min(_MAX_ROWS, chunk_bytes * metadata.num_rows // max(1, num_bytes)))
         for batch in file.iter_batches(batch_rows, row_groups=[group], columns=list(keys)):
+            if row + batch.num_rows > group_end:
+                break
             first, last = max(begin, row), min(end, row + batch.num_rows)
             if first < last:
                 part = batch.slice(first - row, last - first)
                 yield first, [part.column(key).cast(pyarrow.large_binary()).to_pylist() for key in keys]
             row += batch.num_rows
+        if row != group_end:
+            raise ValueError(f"row group {group} does not have the {metadata.num_rows:,} rows that it should")
+    if group_end != file.metadata.num_rows:
+        raise ValueError(f"there are {group_end:,} rows, not {file.metadata.num_rows:,}")
 
 
 def _check_columns(file: Path, schema: Any, keys: Sequence[str], pyarrow: Any) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron.data.encode import Encoded, Encoding, encode_here
 from megatron.data.jsonl import Chunk
@@ -29,7 +28,8 @@ from megatron.data.preprocess.journal import (
 from megatron.data.preprocess.options import PreprocessOptions
 from megatron.data.preprocess.outputs import Lengths, Outputs, publish, quarantine_path, write_partial_provenance
 from megatron.data.preprocess.progress import Progress
-from megatron.data.preprocess.reading import CHUNK_BYTES, Position, ReadSource, read_chunks, start_of
+from megatron.data.preprocess.reading import CHUNK_BYTES, Position, read_chunks, start_of
+from megatron.data.preprocess.tally import Tally, length
 from megatron.data.provenance import Provenance, provenance_path, read_provenance
 from megatron.data.workers import encode_in_workers
 from megatron.tokenizer import Tokenizer, load_tokenizer
@@ -86,8 +86,6 @@ class _Run:
         self._that_matter = options.that_matter(tokenizer.fingerprint, self._eod_id)
         self._journal_path = Path(f"{options.run_prefix}.progress.json")
         self._resumable = not any(source.is_stream for source in sources)
-        self._finished: list[dict[str, Any]] = []  # records of the sources before the one under way
-        self._read: dict[int, ReadSource] = {}
         self._under_way: deque[tuple[int, Position, Position, int]] = deque()  # of the chunks that are encoded now
 
     def write_pairs(self) -> list[Pair]:
@@ -129,26 +127,20 @@ class _Run:
         lengths = None if begin is None else Lengths(begin.pairs, begin.gap_entries, begin.quarantine_bytes)
         dtypes = self._encoding.dtypes(self._tokenizer.vocab_size)
         self._outputs = Outputs(options.run_prefix, options.pair_prefixes, dtypes, lengths)
-        if journal is None or begin is None:
-            position = start_of(self._sources[0]) if self._sources else Position(0, 0, 0)
-            nothing = (0,) * len(options.pair_prefixes)
-            at_start = vars(self._outputs.lengths)
-            begin = Snapshot(0, position, nothing, 0, 0, 0, 0, (), done_bytes=0, **at_start)
-        else:
-            self._finished = journal.finished[: begin.source]
+        self._tally = Tally(self._sources, len(options.pair_prefixes), self._outputs.lengths)
+        if journal is not None and begin is not None:
+            self._tally.go_on(journal, begin)
             done = f"{format_bytes(begin.done_bytes)} of {format_bytes(self._total_bytes or 0)}"
             _LOGGER.info("going on after %s, which an earlier run has done", done)
         if not self._resumable:
             _LOGGER.info("what is piped in can be read only once: an interrupted run cannot be continued")
-        self._latest = begin
-        self._source_start = begin if journal is None else journal.source_start
-        self._progress = Progress(self._total_bytes, begin.done_bytes)
+        self._progress = Progress(self._total_bytes, self._tally.latest.done_bytes)
 
     @property
     def _total_bytes(self) -> int | None:
         if not self._resumable:
             return None
-        return sum(_length(source, source.begin) for source in self._sources)
+        return sum(length(source, source.begin) for source in self._sources)
 
     def _encoded(self) -> Generator[Encoded, None, None]:
         chunks = self._chunks()
@@ -163,14 +155,14 @@ class _Run:
         if self._total_bytes is None:
             return self._options.workers
         packed = any(source.kind != "plain" for source in self._sources)
-        text_bytes = (self._total_bytes - self._latest.done_bytes) * (_UNPACKED_TIMES if packed else 1)
+        text_bytes = (self._total_bytes - self._tally.latest.done_bytes) * (_UNPACKED_TIMES if packed else 1)
         return -(-text_bytes // CHUNK_BYTES)
 
     def _chunks(self) -> Iterator[Chunk]:
-        first, position = self._latest.source, self._latest.position
+        first, position = self._tally.latest.source, self._tally.latest.position
         for number, source in enumerate(self._sources[first:], start=first):
             before = position if number == first else start_of(source)
-            done = partial(self._read.__setitem__, number)
+            done = partial(self._tally.read.__setitem__, number)
             for chunk, behind in read_chunks(source, self._options.read_keys, before, done):
                 self._under_way.append((number, before, behind, len(chunk.content)))
                 before = behind
@@ -179,36 +171,26 @@ class _Run:
     def _add(self, encoded: Encoded) -> None:
         """Append a chunk's documents, count, and now and then record how far that is."""
         number, before, behind, num_bytes = self._under_way.popleft()
-        while self._latest.source < number:
-            self._finish_source()
+        self._tally.reach(number)
         self._outputs.add(number, before.lines, encoded)
-        latest, told = self._latest, self._quarantine(number, before, encoded)
-        counted = zip(latest.documents, encoded.documents, strict=True)
-        self._latest = replace(
-            latest,
-            position=behind,
-            documents=tuple(count + len(sizes) for count, (_, sizes) in counted),
-            bad_lines=latest.bad_lines + len(encoded.bad),
-            lines=latest.lines + encoded.num_texts + len(encoded.bad),
-            texts=latest.texts + encoded.num_texts,
-            all_bad_lines=latest.all_bad_lines + len(encoded.bad),
-            first_bad=told,
-            done_bytes=latest.done_bytes + behind.raw_bytes - latest.position.raw_bytes,
-            **vars(self._outputs.lengths),
-        )
-        self._progress.add(self._latest.done_bytes, num_bytes, sum(tokens.size for tokens, _ in encoded.documents))
-        if encoded.bad and self._options.max_bad_lines.is_lost(self._latest.all_bad_lines, self._most_lines()):
+        told_before, told = self._tally.latest.first_bad, self._quarantine(number, before, encoded)
+        self._tally.add(encoded, behind, told, self._outputs.lengths)
+        latest, options = self._tally.latest, self._options
+        self._progress.add(latest.done_bytes, num_bytes, sum(tokens.size for tokens, _ in encoded.documents))
+        if encoded.bad and options.max_bad_lines.is_lost(
+            latest.all_bad_lines, self._tally.most_lines(options.read_keys)
+        ):
             raise self._too_many_bad_lines()
-        if told and not latest.first_bad:
+        if told and not told_before:
             self._progress.clear()
-            _LOGGER.warning("%s; bad lines go to %s", told[0], quarantine_path(self._options.run_prefix))
+            _LOGGER.warning("%s; bad lines go to %s", told[0], quarantine_path(options.run_prefix))
         if self._resumable and self._recorder.is_due():
             self._outputs.flush()
             self._recorder.record(self._journal, [self._outputs])
 
     def _quarantine(self, number: int, before: Position, encoded: Encoded) -> tuple[str, ...]:
         """Keep the bad lines; the first ones of the run as messages."""
-        source, told = self._sources[number], self._latest.first_bad
+        source, told = self._sources[number], self._tally.latest.first_bad
         origin = {} if not source.begin else {"from_row" if source.kind == "parquet" else "from_byte": source.begin}
         for bad in encoded.bad:
             line = before.lines + bad.place + 1
@@ -218,53 +200,11 @@ class _Run:
                 told = (*told, f"{_name(source.file)}, line {line}{since}: {bad.reason}")
         return told
 
-    def _finish_source(self) -> None:
-        """Go over to the next source."""
-        latest, number = self._latest, self._latest.source
-        self._finished.append(self._record_of(number))
-        following = number + 1
-        position = start_of(self._sources[following]) if following < len(self._sources) else Position(0, 0, 0)
-        done_bytes = sum(_length(source, source.begin) for source in self._sources[number:following])
-        self._latest = replace(
-            latest,
-            source=following,
-            position=position,
-            documents=(0,) * len(latest.documents),
-            bad_lines=0,
-            done_bytes=latest.done_bytes + done_bytes - latest.position.raw_bytes,
-        )
-        self._source_start = self._latest
-
-    def _record_of(self, number: int) -> dict[str, Any]:
-        source, latest, read = self._sources[number], self._latest, self._read.pop(number)
-        part = {"begin": source.begin} if source.begin else {}
-        return {
-            "file": str(source.file),
-            "bytes": read.num_bytes,
-            "sha256": read.sha256,
-            **part,
-            "documents": list(latest.documents),
-            "lines": latest.position.lines,
-            "bad_lines": latest.bad_lines,
-        }
-
-    def _journal(self, complete: bool = False) -> Journal:
-        begun = self._sources[: self._latest.source + 1]
-        return Journal(self._that_matter, begun, list(self._finished), self._source_start, self._latest, complete)
-
-    def _most_lines(self) -> int | None:
-        """The most lines that the run can have, those to come being as short as can be; None: unknown."""
-        number = self._latest.source
-        left = self._sources[number:]
-        if any(source.kind != "plain" or source.is_stream for source in left):
-            return None
-        left_bytes = _length(left[0], self._latest.position.offset)
-        left_bytes += sum(_length(source, source.begin) for source in left[1:])
-        shortest = len("{}\n") + sum(len(f'"{key}":"",'.encode()) for key in self._options.read_keys) - len(",")
-        return self._latest.lines + left_bytes // shortest + 1
+    def _journal(self, *, complete: bool = False) -> Journal:
+        return self._tally.journal(self._that_matter, complete=complete)
 
     def _too_many_bad_lines(self) -> TooManyBadLines:
-        latest, path = self._latest, quarantine_path(self._options.run_prefix)
+        latest, path = self._tally.latest, quarantine_path(self._options.run_prefix)
         more = "" if latest.all_bad_lines <= len(latest.first_bad) else "; …"
         return TooManyBadLines(
             f"{'; '.join(latest.first_bad)}{more}; {self._options.line_rule}: {latest.all_bad_lines:,} of "
@@ -274,9 +214,9 @@ class _Run:
 
     def _finish(self) -> None:
         """Make the outputs whole, or raise if they cannot be."""
-        while self._latest.source < len(self._sources):
-            self._finish_source()
-        if self._options.max_bad_lines.is_exceeded(self._latest.all_bad_lines, self._latest.lines):
+        self._tally.reach(len(self._sources))
+        latest = self._tally.latest
+        if self._options.max_bad_lines.is_exceeded(latest.all_bad_lines, latest.lines):
             raise self._too_many_bad_lines()
         for number, writer in enumerate(self._outputs.writers):
             if writer.num_documents == 0 and self._options.shard is None:
@@ -284,14 +224,17 @@ class _Run:
                     f"no line of {', '.join(map(str, self._options.inputs))} has any tokens under "
                     f"{self._key_of(number)!r}; nothing was written"
                 )
+        self._recorder.wait()  # it may be putting on the disk what is closed now
         for number, writer in enumerate(self._outputs.writers):
             write_partial_provenance(writer.prefix, self._provenance(number))
-        self._recorder.wait()
         self._outputs.flush()
         self._outputs.sync()
         self._outputs.leave()
         self._recorder.exists = True
         write_journal(self._journal_path, self._journal(complete=True))
+        self._tell_end(latest)
+
+    def _tell_end(self, latest: Snapshot) -> None:
         self._progress.clear()
         for writer in self._outputs.writers:
             _LOGGER.info(
@@ -300,13 +243,13 @@ class _Run:
                 f"{writer.num_documents:,}",
                 f"{writer.num_tokens:,}",
                 writer.dtype.name,
-                f"{self._latest.texts - writer.num_documents:,}",
+                f"{latest.texts - writer.num_documents:,}",
             )
-        if self._latest.all_bad_lines:
+        if latest.all_bad_lines:
             _LOGGER.warning(
                 "%s of %s lines were bad; they are in %s",
-                f"{self._latest.all_bad_lines:,}",
-                f"{self._latest.lines:,}",
+                f"{latest.all_bad_lines:,}",
+                f"{latest.lines:,}",
                 quarantine_path(self._options.run_prefix),
             )
         _LOGGER.info("%s", self._progress.summary())
@@ -342,15 +285,6 @@ class _Run:
 
     def _provenance(self, number: int) -> Provenance:
         options, writer = self._options, self._outputs.writers[number]
-        ranges = self._outputs.gaps[number].ranges()
-        sources = [
-            {
-                **record,
-                "documents": record["documents"][number],
-                "lines_without_document": ranges.get(at, ""),
-            }
-            for at, record in enumerate(self._finished)
-        ]
         names = ("prepend_bos", "special_tokens", "shard", *(["chat"] if options.chat is not None else []))
         return Provenance(
             tokenizer=self._tokenizer.files[0].name,
@@ -363,9 +297,8 @@ class _Run:
             dtype=writer.dtype.name,
             documents=writer.num_documents,
             tokens=writer.num_tokens,
-            sources=sources,
-            options={name: self._that_matter[name] for name in names}
-            | {"max_bad_lines": options.max_bad_lines.text},
+            sources=self._tally.sources_of(number, self._outputs.gaps[number].ranges()),
+            options={name: self._that_matter[name] for name in names} | {"max_bad_lines": options.max_bad_lines.text},
             checksums=self._outputs.finish(number),
         )
 
@@ -377,13 +310,6 @@ class _Run:
 
 def _name(file: Path) -> str:
     return "standard input" if file == STANDARD_INPUT else str(file)
-
-
-def _length(source: Source, begin: int) -> int:
-    """Bytes of a source's file from `begin` on; of a parquet file's part, a share of the file."""
-    if source.kind == "plain":
-        return (source.num_bytes if source.end is None else source.end) - begin
-    return source.num_bytes
 
 
 def _check_no_input_is_output(options: PreprocessOptions, sources: Sequence[Source]) -> None:

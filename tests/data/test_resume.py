@@ -88,6 +88,8 @@ def test_stopped_anywhere_it_goes_on(
         stop_after(patch, chunks)
         preprocess(options)
     assert any(name.endswith(".progress.json") for name in outcome(Path(options.output_prefix)))
+    for partial in Path(options.output_prefix).parent.glob("*.partial"):
+        partial.write_bytes(partial.read_bytes() + b"written after the last record")
     with caplog.at_level(logging.INFO, logger="megatron"):
         preprocess(replace(options, workers=2))  # with other workers, which change nothing
     assert "going on after" in caplog.text

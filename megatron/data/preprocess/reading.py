@@ -167,9 +167,8 @@ def _batches(
         row, group_end = group_end, group_end + metadata.num_rows
         if group_end <= begin or row >= end:
             continue
-        columns = [metadata.column(at) for at in range(metadata.num_columns)]
-        num_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in keys)
-        batch_rows = max(1, min(_MAX_ROWS, chunk_bytes * metadata.num_rows // max(1, num_bytes)))
+        # Not those of the columns alone: pyarrow ends the process where it is asked for a column's damaged metadata.
+        batch_rows = max(1, min(_MAX_ROWS, chunk_bytes * metadata.num_rows // max(1, metadata.total_byte_size)))
         for batch in file.iter_batches(batch_rows, row_groups=[group], columns=list(keys)):
             if row + batch.num_rows > group_end:
                 break

@@ -23,10 +23,10 @@ class ModelSettings:
         "Hugging Face folder or one of our checkpoints to take the weights from, at step 0. "
         "Without it the weights are random.",
     )
-    model_type: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"] | None = key(
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3", "falcon", "gpt2", "gpt_neox"] | None = key(
         None,
-        "Family of a model made at random: `llama` (the default); `mistral`; `qwen2` and `qwen3`; `gpt2`: GPT with "
-        "learned positions; `gpt_neox`: GPT with rotary positions. See docs/families.md.",
+        "Family of a model made at random: `llama` (the default); `mistral`; `qwen2` and `qwen3`; `falcon`, as of 40B; "
+        "`gpt2`: GPT with learned positions; `gpt_neox`: GPT with rotary positions. See docs/families.md.",
     )
     vocab_size: int | None = key(None, "Number of token ids the embedding knows, before any padding.", minimum=1)
     hidden_size: int | None = key(None, "Width of the residual stream.", minimum=1)

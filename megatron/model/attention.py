@@ -9,7 +9,9 @@ from torch import nn
 
 from megatron.kernels.attention import Attend, causal_attention
 from megatron.kernels.rotary import rotary_split
+from megatron.model.alibi import with_biases
 from megatron.model.config import ModelConfig
+from megatron.model.families.family import Rows
 from megatron.model.norm import HeadNorms
 from megatron.model.placement import LinearSpec, column_spec, row_spec
 from megatron.model.places import Places
@@ -38,6 +40,7 @@ class Attention(nn.Module):
         layer = config.family.layer(index)
         self.context, self.recompute_order = context, recompute_order
         self.attend: Attend = causal_attention
+        self.head_dim = config.head_dim
         self.windowed = config.window_of(index) is not None
         self.num_heads = config.num_attention_heads // context.tp.size
         self.num_key_value_heads = max(1, config.num_key_value_heads // context.tp.size)
@@ -55,10 +58,13 @@ class Attention(nn.Module):
             fused = self.head_norms(fused, self.num_heads, self.num_key_value_heads)
         runs = places.windowed_runs if self.windowed else places.runs
         query, key, value = rotary_split(fused, places.cos, places.sin, self.num_heads, self.num_key_value_heads)
+        if places.biases is not None:
+            query, key, value = with_biases(query, key, value, places.biases)
         if runs is None:
             mixed = self.attend(query, key, value)  # [b, heads/tp, s, d]
         else:
             mixed = context_attention(query, key, value, runs, self.context)
+        mixed = mixed[..., : self.head_dim]
         kept, dtype = mixed.detach(), fused.dtype
         joined = _join_heads(mixed, dtype)
         with computed_again(joined, lambda: _join_heads(kept, dtype), active=self.recompute_order):
@@ -83,9 +89,29 @@ def attention_specs(config: ModelConfig, context: ParallelContext, layer: str) -
     queries, keys, values = family.query_key_value(
         config, range(first, first + heads), range(first_key, first_key + key_heads)
     )
+    queries, keys = (_pairs_half_a_head_apart(runs, config) for runs in (queries, keys))
     if kv.size > 1:
         keys, values = ([replace(run, copy_axis="kv", copy_rank=kv.rank) for run in runs] for runs in (keys, values))
     rows = [*queries, *keys, *values]
     qkv = column_spec(family, layer, rows, config.hidden_size, bias=config.query_key_value_bias)
     name, width = f"{layer}.{family.attention_output}", config.num_attention_heads * config.head_dim
     return qkv, row_spec(family, context, name, config.hidden_size, width, bias=config.attention_output_bias)
+
+
+def _pairs_half_a_head_apart(runs: list[Rows], config: ModelConfig) -> list[Rows]:
+    """Rows of whole heads in the order in which each pair that is turned lies half a head apart.
+
+    Where only the first elements are turned, their halves are stored one behind the other: each is followed here by
+    half of the elements that stay. Queries and keys change alike, so that their products are the same.
+    """
+    size, half = config.head_dim, (config.rotary_dim + 1) // 2
+    rest = size // 2 - half
+    if rest == 0 or config.rope_theta is None:
+        return runs
+    parts = ((0, half), (2 * half, rest), (half, half), (2 * half + rest, rest))
+    return [
+        replace(run, first=head + first, count=count)
+        for run in runs
+        for head in range(run.first, run.first + run.count, size)
+        for first, count in parts
+    ]

@@ -1,4 +1,5 @@
-"""One decoder layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+"""One decoder layer: attention and feed-forward, behind norms, added to the residual stream one after the other or, in
+parallel layers (Wang and Komatsuzaki, 2021), at once."""
 
 from __future__ import annotations
 
@@ -32,11 +33,13 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
-        family, layer = config.family, config.family.layer(index)
-        self.attention_norm = make_norm(config, context, f"{layer}.{family.attention_norm}", dtype, device)
+        layer = config.family.layer(index)
+        self.parallel = config.parallel_norms is not None
+        first, *second = (f"{layer}.{name}" for name in config.family.layer_norms(config))
+        self.attention_norm = make_norm(config, context, first, dtype, device)
         selective = recompute == "selective"
         self.attention = Attention(config, context, index, dtype, device, recompute_order=selective)
-        self.feed_forward_norm = make_norm(config, context, f"{layer}.{family.feed_forward_norm}", dtype, device)
+        self.feed_forward_norm = make_norm(config, context, second[0], dtype, device) if second else None
         self.feed_forward = FeedForward(config, context, layer, dtype, device, recompute_product=selective)
 
     def forward(
@@ -54,9 +57,15 @@ class Block(nn.Module):
         hidden, normed = self.attention_norm(hidden, branch)
         with self._norm_again(self.attention_norm, hidden, normed):
             branch = self.attention(normed, places)
-        hidden, normed = self.feed_forward_norm(hidden, branch)
+            if self.feed_forward_norm is None:
+                return hidden, branch + self.feed_forward(normed)
+        if self.parallel:
+            normed = self.feed_forward_norm.normalize(hidden)
+        else:
+            hidden, normed = self.feed_forward_norm(hidden, branch)
         with self._norm_again(self.feed_forward_norm, hidden, normed):
-            return hidden, self.feed_forward(normed)
+            product = self.feed_forward(normed)
+        return hidden, branch + product if self.parallel else product
 
     def _norm_again(self, norm: Norm, hidden: torch.Tensor, normed: torch.Tensor) -> AbstractContextManager[None]:
         """Within it, what would keep `normed` for the backward pass has it computed from `hidden` there."""

@@ -24,8 +24,10 @@ _VOCAB_SHARE_MULTIPLE = 64
 class ModelConfig:
     """The architecture of one model (sizes in elements); the defaults are Llama's.
 
-    One of the two eps is set: it says which norm the layers have. Without a `rope_theta` positions are learned. With
-    `silu` the feed-forward layer is gated (SwiGLU).
+    One of the two eps is set: it says which norm the layers have. Without a `rope_theta` positions are learned, or with
+    `alibi` a bias of scores (Press et al., 2022). With `silu` the feed-forward layer is gated (SwiGLU). With
+    `parallel_norms`, 1 or 2, attention and feed-forward read the same sum through so many norms; else one follows the
+    other.
     """
 
     vocab_size: int
@@ -50,6 +52,9 @@ class ModelConfig:
     query_key_norm: bool = False
     sliding_window: int | None = None  # how many keys a query attends to, itself included
     full_attention_layers: tuple[int, ...] = ()  # those without the window
+    partial_rotary_factor: float = 1.0  # which part of a head's elements is turned
+    alibi: bool = False
+    parallel_norms: int | None = None
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -65,12 +70,17 @@ class ModelConfig:
             )
         if not problems and self.head_dim % 2:
             problems.append(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of elements")
+        if not problems and not (0 < self.rotary_dim <= self.head_dim):
+            problems.append(
+                f"partial_rotary_factor={self.partial_rotary_factor} turns {self.rotary_dim} of head_dim="
+                f"{self.head_dim} elements; it must turn one at least and all at most"
+            )
         if not problems and self.rope_scaling and self.rope_scaling.rope_type == "dynamic" and self.rotary_dim < 4:
             problems.append(f"head_dim={self.head_dim} is too small for rope_scaling of type dynamic; it needs 4")
         if problems:
             raise ConfigError("The model is impossible: " + "; ".join(problems) + ".")
         assert (self.rms_norm_eps is None) != (self.layer_norm_eps is None), self
-        assert (self.rope_theta is None) == (self.family.positions is not None), self
+        assert (self.rope_theta is None) == (self.alibi or self.family.positions is not None), self
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -115,8 +125,8 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many elements of a head are turned by its position."""
-        return self.head_dim
+        """How many elements of a head are turned by its position: the first."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def norm_eps(self) -> float:
@@ -140,11 +150,11 @@ class ModelConfig:
         hidden, inner, inputs = self.hidden_size, self.intermediate_size, 2 if self.is_gated else 1
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         norm = hidden * (1 if self.layer_norm_eps is None else 2)
-        layer = 2 * (queries + keys) * hidden + (inputs + 1) * hidden * inner + 2 * norm
+        layer = 2 * (queries + keys) * hidden + (inputs + 1) * hidden * inner + (self.parallel_norms or 2) * norm
         layer += self.query_key_value_bias * (queries + 2 * keys) + self.attention_output_bias * hidden
         layer += self.query_key_norm * 2 * self.head_dim + self.mlp_bias * (inputs * inner + hidden)
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
-        positions = self.max_position_embeddings * hidden if self.rope_theta is None else 0
+        positions = self.max_position_embeddings * hidden if self.family.positions is not None else 0
         return embeddings + positions + self.num_hidden_layers * layer + norm
 
     def padded_vocab_size(self, tensor: int) -> int:

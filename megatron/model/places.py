@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron.kernels.runs import Documents, Runs
+from megatron.model.alibi import key_biases
 from megatron.parallel.context import causal_runs, local_positions
 from megatron.parallel.mesh import Axis
 
@@ -18,7 +19,8 @@ class Places:
     """Of this rank's tokens. In packed samples with documents, positions begin anew in each and differ between samples.
 
     positions i64[1, s] or [b, s]; cos and sin of their rotary angles [s, d] or [b, s, d]; the runs of keys that they
-    attend to, None where that is all up to themselves and all are here; and the same in layers with a sliding window.
+    attend to, None where that is all up to themselves and all are here; the same in layers with a sliding window; and
+    the biases of scores by their keys, [1 or b, heads/tp, s], where the model has such.
     """
 
     positions: torch.Tensor
@@ -26,15 +28,22 @@ class Places:
     sin: torch.Tensor
     runs: Runs | None
     windowed_runs: Runs | None
+    biases: torch.Tensor | None
 
 
 def find_places(
-    batch: int, length: int, documents: Documents | None, tables: Tables, cp: Axis, window: int | None = None
+    batch: int,
+    length: int,
+    documents: Documents | None,
+    tables: Tables,
+    cp: Axis,
+    window: int | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> Places:
     """The places of tokens [batch, length], this rank's part of samples that are `cp.size` times as long.
 
     `documents` are those of these tokens; `tables` are the rotary tables of whole samples; `window` is that of the
-    layers that have one.
+    layers that have one, `slopes` [heads/tp] those of biases.
     """
     cos, sin = tables
     positions = local_positions(length, cp, cos.device).unsqueeze(0)
@@ -48,4 +57,5 @@ def find_places(
         cos, sin = cos[positions], sin[positions]
     elif cp.size > 1:
         cos, sin = cos[positions[0]], sin[positions[0]]
-    return Places(positions, cos, sin, runs, windowed)
+    biases = None if slopes is None else key_biases(slopes, positions)
+    return Places(positions, cos, sin, runs, windowed, biases)

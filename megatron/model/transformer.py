@@ -9,6 +9,7 @@ from torch import nn
 
 from megatron.config.train import Recompute
 from megatron.kernels.runs import Documents
+from megatron.model.alibi import head_slopes
 from megatron.model.angles import depends_on_length, position_tables
 from megatron.model.block import Block
 from megatron.model.config import ModelConfig
@@ -93,7 +94,7 @@ class Transformer(nn.Module):
         cp = self.context.cp
         batch, length = tokens.shape
         tables = self._rotary(length * cp.size, documents)
-        places = find_places(batch, length, documents, tables, cp, self.config.sliding_window)
+        places = find_places(batch, length, documents, tables, cp, self.config.sliding_window, self._slopes())
         if self.is_first:
             hidden = self.embedding(tokens.t(), places.positions.t())
         assert hidden is not None, "a later stage needs the activations of the one before"
@@ -104,6 +105,13 @@ class Transformer(nn.Module):
             return hidden if branch is None else hidden + branch
         _, normed = self.final_norm(hidden, branch)
         return self.head(normed, labels, loss_weights, measure)
+
+    def _slopes(self) -> torch.Tensor | None:
+        """ALiBi's slopes of this rank's heads, where the model has them."""
+        if not self.config.alibi:
+            return None
+        slopes = head_slopes(self.config.num_attention_heads, next(self.parameters()).device)
+        return slopes.chunk(self.context.tp.size)[self.context.tp.rank]
 
     def _rotary(self, sequence_length: int, documents: Documents | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary tables for this length: the beginning of those for the longest so far, where it is the same."""

@@ -120,7 +120,7 @@ class StrictCommunicator:
         if output is not None:
             _poison(output[0])
         if keep is not None:
-            keep[0].copy_(keep[1])
+            keep[0].data.copy_(keep[1])  # by `data`, since a tensor that is only read has no new version for autograd
             unchanged = keep[0]
         watched = unchanged if unchanged is not None else output[0] if output is not None else None
         before = None if watched is None else watched.clone()

@@ -10,27 +10,32 @@ NOTHING = torch.nan  # what a library may leave where nothing was to be computed
 
 
 def segment_scores(
-    query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float
+    query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float, before: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(scores [heads, q, k], queries and keys for each head [heads, …, d]) of one segment."""
     queries, keys = query.transpose(0, 1), key.transpose(0, 1).repeat_interleave(query.shape[1] // key.shape[1], dim=0)
     scores = queries @ keys.transpose(1, 2) * scale
     if causal:
         last = torch.arange(query.shape[0]) + key.shape[0] - query.shape[0]  # the last query sees the last key
-        scores = scores.masked_fill(torch.arange(key.shape[0]) > last[:, None], -torch.inf)
+        place = torch.arange(key.shape[0])
+        scores = scores.masked_fill(place > last[:, None], -torch.inf)
+        if before is not None:
+            scores = scores.masked_fill(place < last[:, None] - before, -torch.inf)
     return scores, queries, keys
 
 
 def flash_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, begin_q: torch.Tensor, begin_k: torch.Tensor,
     most_q: int, most_k: int, dropout: float, causal: bool, debug: bool, *, scale: float,
+    window_size_left: int | None = None, window_size_right: int | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """What `aten._flash_attention_forward` means for packed tensors."""
+    assert (window_size_left is None) == (window_size_right is None) and window_size_right in (None, 0)
     mixed, total = torch.full_like(query, NOTHING), query.new_full((query.shape[1], len(query)), NOTHING)
     for q, k in segments(begin_q, begin_k, most_q, most_k):
         if k.start == k.stop:
             continue
-        scores, _, _ = segment_scores(query[q], key[k], causal, scale)
+        scores, _, _ = segment_scores(query[q], key[k], causal, scale, window_size_left)
         values = value[k].transpose(0, 1).repeat_interleave(query.shape[1] // key.shape[1], dim=0)
         total[:, q] = scores.logsumexp(dim=-1)
         mixed[q] = (scores.softmax(dim=-1) @ values).transpose(0, 1)
@@ -41,6 +46,7 @@ def flash_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mixed: torch.Tensor,
     total: torch.Tensor, begin_q: torch.Tensor, begin_k: torch.Tensor, most_q: int, most_k: int, dropout: float,
     causal: bool, state: torch.Tensor, unused: torch.Tensor, *, scale: float,
+    window_size_left: int | None = None, window_size_right: int | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """What `aten._flash_attention_backward` means for packed tensors."""
     assert total.is_contiguous() and total.isfinite().all()
@@ -49,7 +55,7 @@ def flash_backward(
     for q, k in segments(begin_q, begin_k, most_q, most_k):
         if k.start == k.stop or q.start == q.stop:
             continue
-        scores, queries, keys = segment_scores(query[q], key[k], causal, scale)
+        scores, queries, keys = segment_scores(query[q], key[k], causal, scale, window_size_left)
         values = value[k].transpose(0, 1).repeat_interleave(query.shape[1] // key.shape[1], dim=0)
         upstream, chance = grad[q].transpose(0, 1), (scores - total[:, q, None]).exp()
         change = chance * (upstream @ values.transpose(1, 2) - dot[:, q, None]) * scale

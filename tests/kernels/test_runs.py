@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,9 @@ def all_runs(size: int, seed: int) -> list[tuple[str, Runs, int]]:
             half = LENGTH // size // 2
             for part in (slice(0, half), slice(half, None)):
                 found.append((f"{which} {rank} gathered {part}", runs.of(part), LENGTH))
+                for window in (1, 3, LENGTH // 2 + 1):
+                    narrow = replace(runs.of(part), window=window)
+                    found.append((f"{which} {rank} gathered {part}, window of {window}", narrow, LENGTH))
     return found
 
 
@@ -62,14 +66,16 @@ def test_segments_mean_what_the_runs_do(size: int, seed: int) -> None:
         shapes = [(BATCH, HEADS, queries, SIZE), *2 * [(BATCH, KV, keys, SIZE)], (BATCH, HEADS, queries, SIZE)]
         query, key, value, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
         arguments: tuple[Any, ...] = (runs.start, runs.stop, runs.documents, runs.causal)
-        theirs = ranged_attention(query, key, value, runs.start, runs.stop)
-        found = varlen_attention(query, key, value, *arguments, forward=flash_forward)
+        theirs = ranged_attention(query, key, value, runs.first, runs.stop)
+        found = varlen_attention(query, key, value, *arguments, forward=flash_forward, window=runs.window)
         for our, their in zip(found, theirs, strict=True):
             torch.testing.assert_close(our, their, msg=lambda text, name=name: f"{name}: {text}")
         # Backward with the result over some more keys, as in a ring: then no log-sum-exp is infinite.
         mixed, total = theirs[0] + 0.1, theirs[1].logaddexp(torch.tensor(0.3, dtype=torch.float64))
-        expected = ranged_attention_backward(grad, query, key, value, mixed, total, runs.start, runs.stop)
-        found = varlen_attention_backward(grad, query, key, value, mixed, total, *arguments, backward=flash_backward)
+        expected = ranged_attention_backward(grad, query, key, value, mixed, total, runs.first, runs.stop)
+        found = varlen_attention_backward(
+            grad, query, key, value, mixed, total, *arguments, backward=flash_backward, window=runs.window
+        )
         for our, their in zip(found, expected, strict=True):
             torch.testing.assert_close(our, their, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -81,27 +87,32 @@ def test_segments_are_bounded_and_stay_on_the_device() -> None:
     assert found.queries.shape == found.keys.shape == (BATCH * (5 + 2) + 1,)
 
 
-def test_torch_takes_the_arguments() -> None:
+@pytest.mark.parametrize("window", [None, 3])
+def test_torch_takes_the_arguments(window: int | None) -> None:
     """The operations of this release of torch, on tensors without storage: names, order and shapes."""
     shapes = [(BATCH, HEADS, LENGTH, SIZE), *2 * [(BATCH, KV, 2 * LENGTH, SIZE)]]
     query, key, value = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
     bounds = torch.empty((BATCH, LENGTH), dtype=torch.int32, device="meta")
-    mixed, total = varlen_attention(query, key, value, bounds, bounds, 4, True)
+    mixed, total = varlen_attention(query, key, value, bounds, bounds, 4, True, window=window)
     assert mixed.shape == query.shape and mixed.dtype == torch.bfloat16
     assert total.shape == query.shape[:3] and total.dtype == torch.float32
-    gradients = varlen_attention_backward(query, query, key, value, mixed, total, bounds, bounds, 4, True)
+    gradients = varlen_attention_backward(
+        query, query, key, value, mixed, total, bounds, bounds, 4, True, window=window
+    )
     assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, value.shape]
 
 
-def test_attention_to_runs_has_its_derivative() -> None:
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_to_runs_has_its_derivative(window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(BATCH, HEADS, LENGTH, SIZE), *2 * [(BATCH, KV, LENGTH, SIZE)]]
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     starts = document_starts(1)
     runs = causal_runs(BATCH, LENGTH, Documents(starts, most_documents(starts)), Axis("cp"), starts.device)
-    mixed = whole_attention(*inputs, runs)
+    mixed = whole_attention(*inputs, replace(runs, window=window))
     place = torch.arange(LENGTH)
     mask = (place >= starts.unsqueeze(-1)) & (place <= place.unsqueeze(-1))
+    mask &= place > place.unsqueeze(-1) - (window or LENGTH)
     keys, values = (tensor.repeat_interleave(HEADS // KV, dim=1) for tensor in inputs[1:])
     scores = (inputs[0] @ keys.transpose(2, 3) / math.sqrt(SIZE)).masked_fill(~mask.unsqueeze(1), -torch.inf)
     expected = scores.softmax(dim=-1) @ values

@@ -36,12 +36,25 @@ def random_ids(seed: int) -> torch.Tensor:
     return torch.randint(0, 96, (len(BEGINS), LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
+# Of `config.json`, besides the sizes.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral", "sliding_window": 4, "num_key_value_heads": 2},
+    "qwen3": {"model_type": "qwen3", "head_dim": 12, "num_key_value_heads": 1},
+    "falcon": {"model_type": "falcon", "ffn_hidden_size": 48},
+    "falcon with ALiBi": {"model_type": "falcon", "ffn_hidden_size": 48, "alibi": True, "parallel_attn": False},
+    "pythia": {"model_type": "gpt_neox"},
+}
+
+
 def model_of(family: str, recompute: Recompute) -> Transformer:
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
              "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2}  # fmt: skip
     if family == "llama":
         sizes |= {"num_key_value_heads": 2, "head_dim": 8}
-    config = ModelConfig.from_settings({"model_type": family, **sizes})
+    if family in CONFIGS:
+        config = ModelConfig.from_huggingface({**sizes, **CONFIGS[family]})
+    else:
+        config = ModelConfig.from_settings({"model_type": family, **sizes})
     model = Transformer(config, single_rank(), torch.float64, recompute=recompute)
     initialize(model, config, seed=5)
     return model
@@ -50,7 +63,8 @@ def model_of(family: str, recompute: Recompute) -> Transformer:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(
     ("family", "recompute"), [("llama", "none"), ("llama", "full"), ("llama", "selective"), ("gpt2", "none"),
-                              ("gpt_neox", "none")],
+                              ("gpt_neox", "none"), ("mistral", "none"), ("qwen3", "selective"),
+                              ("falcon", "selective"), ("falcon with ALiBi", "full"), ("pythia", "selective")],
 )  # fmt: skip
 def test_each_document_is_as_if_alone(family: str, recompute: Recompute, backend: native.Backend) -> None:
     """Logits, loss and gradients: packed, they are those of the documents one by one."""

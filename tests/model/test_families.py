@@ -34,6 +34,16 @@ NEOX: dict[str, Any] = {
 }
 
 
+FALCON = {
+    "model_type": "falcon",
+    "vocab_size": 100,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+}
+QWEN = {**NEOX, "model_type": "qwen2", "num_key_value_heads": 2}
+
+
 def gpt(heads: int, hidden: int, layers: int, vocabulary: int, positions: int, model_type: str = "gpt2") -> ModelConfig:
     return ModelConfig.from_settings(
         {
@@ -100,7 +110,26 @@ def test_what_a_file_leaves_out_is_as_transformers_takes_it(base: dict[str, Any]
         assert mine.rope_theta == reference.rope_parameters["rope_theta"]
 
 
-CHANGES = {
+@pytest.mark.parametrize("model_type", sorted(FAMILIES.keys() - {"gpt2"}))
+def test_everything_that_a_file_leaves_out_is_as_transformers_takes_it(model_type: str) -> None:
+    sizes = {"hidden_size": 128, "num_hidden_layers": 30, "num_attention_heads": 32, "vocab_size": 100}
+    sizes |= {} if model_type == "falcon" else {"intermediate_size": 80}
+    theirs = AutoConfig.for_model(model_type, **sizes)
+    assert ModelConfig.from_huggingface({"model_type": model_type, **sizes}) == ModelConfig.from_huggingface(
+        theirs.to_dict()
+    )
+
+
+_DECODER = {
+    "intermediate_size": 90,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 77,
+    "rms_norm_eps": 3e-6,
+    "tie_word_embeddings": True,
+    "rope_theta": 12345.0,
+    "initializer_range": 0.013,
+}
+CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {
         "intermediate_size": 90,
         "max_position_embeddings": 77,
@@ -114,6 +143,19 @@ CHANGES = {
         "max_position_embeddings": 77,
         "layer_norm_eps": 3e-6,
         "tie_word_embeddings": True,
+        "hidden_act": "gelu_new",
+        "rope_theta": 12345.0,
+        "initializer_range": 0.013,
+    },
+    "mistral": _DECODER,
+    "qwen2": _DECODER,
+    "qwen3": {**_DECODER, "head_dim": 10},
+    "falcon": {
+        "intermediate_size": 90,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 77,
+        "layer_norm_eps": 3e-6,
+        "tie_word_embeddings": False,
         "hidden_act": "gelu_new",
         "rope_theta": 12345.0,
         "initializer_range": 0.013,
@@ -147,11 +189,39 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no sizes": ({**GPT2, "n_embd": None, "n_layer": None}, "lacks n_embd, n_layer"),
     "heads that do not divide": ({**GPT2, "n_head": 5}, "n_embd=48 is not divisible by n_head=5"),
     "words for numbers": ({**GPT2, "n_embd": "48"}, "n_embd='48'"),
-    "both at once": ({**NEOX, "use_parallel_residual": None}, "use_parallel_residual=true"),
-    "a quarter of the head turned": ({**NEOX, "rotary_pct": None}, "rotary_pct=0.25"),
-    "half of the head turned": (
-        {**NEOX, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-        "rotary_pct=0.5",
+    "nothing of the head turned": ({**NEOX, "rotary_pct": 0.1}, "partial_rotary_factor=0.1 turns 0 of head_dim=8"),
+    "more than the head turned": ({**NEOX, "rotary_pct": 1.5}, "partial_rotary_factor=1.5 turns 12 of head_dim=8"),
+    "new Falcon, one after the other": (
+        {**FALCON, "new_decoder_architecture": True, "parallel_attn": False},
+        "parallel_attn=false with new_decoder_architecture=true",
+    ),
+    "two norms of an old Falcon": ({**FALCON, "num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2 (only 1"),
+    "three norms": (
+        {**FALCON, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 3},
+        "num_ln_in_parallel_attn=3 (only 1",
+    ),
+    "few keys of an old Falcon": (
+        {**FALCON, "multi_query": False, "num_kv_heads": 2},
+        "num_kv_heads=2 with multi_query=false (only num_attention_heads=6)",
+    ),
+    "a part of a Falcon's head turned": (
+        {**FALCON, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5",
+    ),
+    "a Falcon's activation": ({**FALCON, "activation": "relu"}, "activation='relu'"),
+    "layers of another kind": (
+        {**QWEN, "layer_types": ["chunked_attention"] * 3},
+        "layer_types=['chunked_attention', 'chunked_attention', 'chunked_attention']",
+    ),
+    "kinds of fewer layers": ({**QWEN, "layer_types": ["full_attention"]}, "for each of 3 layers"),
+    "sliding layers without a window": (
+        {**QWEN, "layer_types": ["sliding_attention"] * 3, "use_sliding_window": False},
+        "layer_types with sliding_attention but no window",
+    ),
+    "an empty window": ({**QWEN, "model_type": "mistral", "sliding_window": 0}, "sliding_window=0 must be positive"),
+    "kinds of Mistral's layers": (
+        {**QWEN, "model_type": "mistral", "layer_types": ["full_attention"] * 3},
+        "layer_types",
     ),
     "another scaling": ({**NEOX, "rope_scaling": {"type": "su", "factor": 2.0}}, "rope_scaling of type 'su'"),
     "two bases": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +27,17 @@ def test_attention_grows_with_half_the_square() -> None:
     per_sequence = 4096 * (model_flops_per_token(LLAMA_2_70B, 4096) - model_flops_per_token(LLAMA_2_70B, 0))
     # queries x keys and probabilities x values: 2 products of 2 FLOPs, 3 times for forward and backward, half of it
     assert per_sequence == 80 * 64 * 128 * (2 * 2 * 3) * 4096**2 / 2
+
+
+def test_a_window_leaves_a_band_of_the_square() -> None:
+    def keys_seen(window: int | None, full: tuple[int, ...] = ()) -> float:
+        config = replace(LLAMA_2_7B, sliding_window=window, full_attention_layers=full)
+        return (model_flops_per_token(config, 4096) - model_flops_per_token(LLAMA_2_7B, 0)) / (12 * 32 * 128)
+
+    exact = sum(min(query + 0.5, 1024) for query in range(4096)) / 4096  # half of a query's own key, as in the square
+    assert keys_seen(1024) == pytest.approx(32 * exact, rel=1e-6)
+    assert keys_seen(1024, tuple(range(8))) == pytest.approx(8 * 2048 + 24 * exact, rel=1e-6)
+    assert keys_seen(4096) == keys_seen(5000) == keys_seen(None) == pytest.approx(32 * 2048)
 
 
 @pytest.mark.parametrize("key_value_heads", [1, 2, 6])

@@ -56,11 +56,46 @@ QWEN3: dict[str, dict[str, Any]] = {
     "window in the later layers": {"head_dim": 8, **WINDOWS, "max_window_layers": 2},
     "scaled angles": {"head_dim": 16, "rope_parameters": YARN},
 }
+FALCON_40B = {"new_decoder_architecture": True, "num_kv_heads": 2}
+REFINED_WEB = {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}
+FALCON: dict[str, dict[str, Any]] = {
+    "7B": {},
+    "40B": FALCON_40B,
+    "40B, a head of its own, wide": {**FALCON_40B, "tie_word_embeddings": False, "ffn_hidden_size": 50},
+    "11B": {**FALCON_40B, "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False},
+    "40B, as many keys as queries": {"new_decoder_architecture": True, "bias": True},
+    "11B, one key/value head": {**FALCON_40B, "num_kv_heads": 1, "num_ln_in_parallel_attn": 1},
+    "RefinedWeb": REFINED_WEB,
+    "RefinedWeb, three heads, large eps": {
+        **REFINED_WEB, "num_attention_heads": 3, "hidden_size": 24, "layer_norm_epsilon": 1e-2,
+    },
+    "RefinedWeb, twelve heads": {**REFINED_WEB, "num_attention_heads": 12, "hidden_size": 48},
+    "7B with ALiBi": {"alibi": True, "activation": "gelu_new"},
+    "one after the other, rotary, one key/value head": {"parallel_attn": False},
+    "at once, as many keys as queries": {"multi_query": False, "bias": True},
+    "40B, scaled angles": {**FALCON_40B, "rope_parameters": YARN},
+}  # fmt: skip
+# At once, a quarter turned: as published.
+PYTHIA: dict[str, dict[str, Any]] = {
+    "Pythia": {},
+    "a quarter of heads of 12": {"hidden_size": 48},  # 3 elements are turned, which transformers takes as 4
+    "at once, all turned": {"rotary_pct": 1.0},
+    "one after the other, half turned, approximate gelu": {
+        "use_parallel_residual": False, "rotary_pct": 0.5, "hidden_act": "gelu_fast",
+    },
+    "no biases in attention, tied": {"attention_bias": False, "tie_word_embeddings": True},
+    "scaled angles": {
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 2e4, "partial_rotary_factor": 0.5}
+    },
+    "scaled angles and products": {"hidden_size": 64, "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
+}  # fmt: skip
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "llama": (GROUPED, {"scaled angles": {"rope_parameters": LLAMA_3}}),
     "mistral": (GROUPED, MISTRAL),
     "qwen2": (GROUPED, QWEN2),
     "qwen3": (GROUPED, QWEN3),
+    "falcon": ({}, FALCON),
+    "gpt_neox": ({"intermediate_size": 56}, PYTHIA),
 }
 ZOO = {
     f"{model_type}, {name}": (model_type, {**base, **fields})

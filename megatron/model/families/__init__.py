@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.model.families.falcon import FALCON
 from megatron.model.families.family import Family
 from megatron.model.families.gpt2 import GPT2
 from megatron.model.families.gpt_neox import GPT_NEOX
@@ -14,7 +15,7 @@ from megatron.model.families.qwen2 import QWEN2
 from megatron.model.families.qwen3 import QWEN3
 from megatron.utils.errors import ConfigError
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX)}
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, FALCON, GPT2, GPT_NEOX)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -57,6 +57,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     positions: str | None = None  # the table of learned positions
     query_key_norms: tuple[str, ...] = ()  # norms of each query and of each key
+    parallel_norms: tuple[str, ...] = ()  # the two norms of a parallel layer, where they have names of their own
     transposed: bool = False  # linear layers keep their weights as [in, out]
     prefix: str = ""  # what a file saved from the model without its head leaves out of all names but the head's
     buffers: tuple[str, ...] = ()  # endings of what old files hold besides weights
@@ -74,7 +75,16 @@ class Family:
 
     @property
     def norms(self) -> tuple[str, ...]:
-        return self.attention_norm, self.feed_forward_norm, self.final_norm, *self.query_key_norms
+        within = (self.attention_norm, self.feed_forward_norm, *self.parallel_norms, *self.query_key_norms)
+        return *within, self.final_norm
+
+    def layer_norms(self, config: ModelConfig) -> tuple[str, ...]:
+        """The norms of a layer's input to attention and, where it has one of its own, to the feed-forward part."""
+        if config.parallel_norms == 1:
+            return (self.attention_norm,)
+        if config.parallel_norms == 2 and self.parallel_norms:
+            return self.parallel_norms
+        return self.attention_norm, self.feed_forward_norm
 
     @property
     def residual_outputs(self) -> tuple[str, ...]:
@@ -110,15 +120,23 @@ def one_after_another(layer: str) -> QueryKeyValue:
     return rows
 
 
-def head_by_head(layer: str) -> QueryKeyValue:
-    """One layer: query, key and value of the first head, then those of the second; as many keys as queries."""
+def group_by_group(layer: str) -> QueryKeyValue:
+    """One layer: the queries that the first key/value head serves, its key and its value; then those of the second."""
 
     def rows(config: ModelConfig, heads: range, key_value_heads: range) -> tuple[list[Rows], list[Rows], list[Rows]]:
-        size, features = config.head_dim, 3 * config.num_attention_heads * config.head_dim
+        size, queries, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        served, features = queries // groups, (queries + 2 * groups) * config.head_dim
 
-        def of(part: int, held: range) -> list[Rows]:
-            return [Rows(layer, features, (3 * head + part) * size, size) for head in held]
+        def of(group: int, place: int, count: int) -> Rows:
+            return Rows(layer, features, (group * (served + 2) + place) * size, count * size)
 
-        return of(0, heads), of(1, key_value_heads), of(2, key_value_heads)
+        held = [
+            (group, max(heads.start, group * served), min(heads.stop, (group + 1) * served)) for group in range(groups)
+        ]
+        return (
+            [of(group, first - group * served, stop - first) for group, first, stop in held if first < stop],
+            [of(group, served, 1) for group in key_value_heads],
+            [of(group, served + 1, 1) for group in key_value_heads],
+        )
 
     return rows

@@ -1,7 +1,7 @@
-"""GPT with rotary positions, in GPT-NeoX's layout (Black et al., 2022): LayerNorm, GELU, biases everywhere.
+"""GPT-NeoX and Pythia (Black et al., 2022): LayerNorm, GELU, biases everywhere, rotary positions.
 
-GPT-NeoX itself and Pythia turn a quarter of each head and add attention and feed-forward to the residual stream at
-once. That is another function, and refused.
+The published models turn a quarter of each head and add attention and feed-forward to the residual stream at once. One
+made here at random does neither, as the GPT of Megatron-LM.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron.model.families.family import Family, head_by_head
+from megatron.model.families.family import Family, group_by_group
 from megatron.model.families.reading import (
     ACTIVATIONS,
     check_kinds,
@@ -61,6 +61,8 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": None,
         "rope_theta": rotary_base(config, "rotary_emb_base"),
         "rope_scaling": rotary_scaling(config, longest),
+        "partial_rotary_factor": _turned(config),
+        "parallel_norms": 2 if default(config, "use_parallel_residual", True) else None,
         "tie_word_embeddings": bool(default(config, "tie_word_embeddings", False)),
         "initializer_range": float(default(config, "initializer_range", 0.02)),
         "hidden_act": ACTIVATIONS[config.get("hidden_act") or "gelu"],
@@ -80,10 +82,6 @@ def _turned(config: Mapping[str, Any]) -> float:
 
 
 def _other_functions(config: Mapping[str, Any]) -> Iterator[str]:
-    if default(config, "use_parallel_residual", True):
-        yield "use_parallel_residual=true, which is the default (only false)"
-    if _turned(config) != 1.0:
-        yield f"rotary_pct={_turned(config)} (only 1.0: every element is turned)"
     yield from refuse_activation(config, "hidden_act", "gelu", ("gelu", "gelu_new"))
     yield from scaling_problems(config)
     yield from refuse_quantized(config)
@@ -101,13 +99,13 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "layer_norm_eps": config.layer_norm_eps,
         "rotary_emb_base": config.rope_theta,
-        "rotary_pct": 1.0,
-        **spell_rotary({}, config.rope_theta or 0.0, config.rope_scaling, 1.0),
+        "rotary_pct": config.partial_rotary_factor,
+        **spell_rotary({}, config.rope_theta or 0.0, config.rope_scaling, config.partial_rotary_factor),
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
         "hidden_act": config.hidden_act,
         "attention_bias": config.query_key_value_bias,
-        "use_parallel_residual": False,
+        "use_parallel_residual": config.parallel_norms is not None,
         **dict.fromkeys(GPT_NEOX.dropouts, 0.0),
         "bos_token_id": 0,
         "eos_token_id": 0,
@@ -128,7 +126,7 @@ GPT_NEOX = Family(
     embedding="gpt_neox.embed_in",
     layers="gpt_neox.layers",
     attention_norm="input_layernorm",
-    query_key_value=head_by_head("attention.query_key_value"),
+    query_key_value=group_by_group("attention.query_key_value"),
     attention_output="attention.dense",
     feed_forward_norm="post_attention_layernorm",
     feed_forward_input=("mlp.dense_h_to_4h",),

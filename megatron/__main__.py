@@ -33,6 +33,7 @@ VERBS = (
     "merge",
     "dataset",
     "convert",
+    "diff",
     "train",
     "evaluate",
     "inspect",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ from megatron.utils.errors import CheckpointError
 
 BLOCK_BYTES = 32 * 2**20  # of temporary memory: large enough that requests cost nothing against their data
 REQUEST_BYTES = 2**30  # Linux returns at most 2 GiB less a page per call
+_SCRATCH_BYTES = 2**20
 _GAP_BYTES = 16 * 2**10  # reading through so much of what is not wanted is cheaper than another request
+
+_memory = threading.local()
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class _Strided:
             pread(self.descriptor, self.path, offset, memory_of(out))
             return
         for block in row_blocks(out, self.dtype.itemsize):
-            buffer = torch.empty(block.shape, dtype=self.dtype)
+            buffer = _scratch(block.numel(), self.dtype).view(block.shape)
             pread(self.descriptor, self.path, offset, memory_of(buffer))
             block.copy_(buffer)
             offset += buffer.numel() * self.dtype.itemsize
@@ -132,7 +136,7 @@ class _Strided:
         span = stride if through else width  # elements that are read of each row
         for block in row_blocks(out, itemsize, span):
             rows = block.shape[0]
-            buffer = torch.empty(rows * span, dtype=self.dtype)
+            buffer = _scratch(rows * span, self.dtype)
             if through:
                 wanted = (rows - 1) * stride + width  # the file may end with the last row's part
                 pread(self.descriptor, self.path, offset, memory_of(buffer[:wanted]))
@@ -143,6 +147,15 @@ class _Strided:
                     pread(self.descriptor, self.path, begin, memory[index * part : (index + 1) * part])
             block.copy_(buffer.view(rows, span)[:, :width])
             offset += rows * stride * itemsize
+
+
+def _scratch(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that is used anew by each read of a thread: fresh memory costs as much as the reading does."""
+    size_bytes = numel * dtype.itemsize
+    buffer: torch.Tensor | None = getattr(_memory, "buffer", None)
+    if buffer is None or buffer.numel() < size_bytes:
+        buffer = _memory.buffer = torch.empty(max(size_bytes, _SCRATCH_BYTES), dtype=torch.uint8)
+    return buffer[:size_bytes].view(dtype)
 
 
 def _is_run(shape: Sequence[int], strides: Sequence[int]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,10 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Convert, with a progress line on stderr and a summary at the end. Raises MegatronError."""
     from megatron.checkpoint.convert import DTYPES, convert
+    from megatron.utils.progress import ProgressLine
     from megatron.utils.units import format_bytes, format_count, format_duration
 
     began = time.monotonic()
-    line = _ProgressLine()
+    line = ProgressLine()
     try:
         done = convert(
             arguments.source,
@@ -64,39 +64,3 @@ def run(arguments: argparse.Namespace) -> int:
     for part in done.left_out:
         print(f"Not carried over: {part}.")
     return 0
-
-
-class _ProgressLine:
-    """One line that rewrites itself on a terminal, and one line in ten seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._interval_s = 0.1 if self._terminal else 10.0
-        self._shown = self._began = time.monotonic()
-        self._first_bytes: int | None = None  # what an earlier run had done counts for no speed
-
-    def show(self, what: str, done_bytes: int, total_bytes: int) -> None:
-        now = time.monotonic()
-        if now - self._shown < self._interval_s:
-            return
-        self._shown = now
-        if self._first_bytes is None:
-            self._first_bytes, self._began = done_bytes, now
-        percent = 100 * done_bytes // max(total_bytes, 1)
-        left = self._left(now, done_bytes, total_bytes)
-        text = f"{percent:3d} %  {done_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB{left}  {what}"
-        print(f"\r\033[K{text[:100]}" if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr)
-
-    def _left(self, now: float, done_bytes: int, total_bytes: int) -> str:
-        """How long the rest takes at the speed so far."""
-        from megatron.utils.units import format_duration
-
-        moved = done_bytes - (self._first_bytes or 0)
-        if not moved:
-            return ""
-        return f", {format_duration((total_bytes - done_bytes) * (now - self._began) / moved)} left"
-
-    def clear(self) -> None:
-        """Remove the line, so that what follows stands alone."""
-        if self._terminal:
-            print("\r\033[K", end="", file=sys.stderr)

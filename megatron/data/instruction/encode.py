@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron.data.instruction.chat_template import find_chat_template, read_chat_template
 from megatron.data.instruction.conversation import Keys, Message, read_conversation
 from megatron.data.instruction.pair import Role
 from megatron.data.instruction.template import Conversation, MegatronTemplate, Template
@@ -32,6 +31,9 @@ def open_template(tokenizer: Tokenizer, template: str | None) -> Template:
     """The template that is asked for. Raises ConfigError or DataError where there is none, or it does not fit."""
     if template == MEGATRON_LLM:
         return MegatronTemplate(tokenizer)
+    # Jinja takes as long to import as everything else a worker needs, and text has no template.
+    from megatron.data.instruction.chat_template import find_chat_template, read_chat_template
+
     if template is None:
         return find_chat_template(tokenizer.files[0])
     return read_chat_template(Path(template), tokenizer.files[0])

@@ -313,6 +313,14 @@ def _division_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[
             f"model.num_key_value_heads={key_heads} can neither be divided among parallel.tensor={tensor} ranks nor "
             f"copied to them evenly (one must divide the other); use {_or(fitting)}",
         )
+    window, length = model.get("sliding_window"), config.data.sequence_length or model.get("max_position_embeddings")
+    split = config.parallel.context > 1 and config.parallel.context_attention == "ring"
+    if split and window and length and window < length:
+        yield Problem(
+            ("parallel.context_attention", "parallel.context"),
+            f"parallel.context_attention=ring meets keys a part at a time, which the model's sliding_window={window} "
+            "cuts; use parallel.context_attention=all_gather, or parallel.context=1",
+        )
     yield from _layer_problems(config, model)
 
 

@@ -50,7 +50,7 @@ def find_places(
     runs = windowed = None
     if documents is not None or cp.size > 1:
         runs = windowed = causal_runs(batch, length, documents, cp, cos.device)
-    if window is not None and window < length * cp.size:
+    if window is not None:
         windowed = replace(runs or causal_runs(batch, length, documents, cp, cos.device), window=window)
     if documents is not None:
         positions = positions - documents.starts

@@ -94,7 +94,8 @@ class Transformer(nn.Module):
         cp = self.context.cp
         batch, length = tokens.shape
         tables = self._rotary(length * cp.size, documents)
-        places = find_places(batch, length, documents, tables, cp, self.config.sliding_window, self._slopes())
+        window = self._window(length * cp.size)
+        places = find_places(batch, length, documents, tables, cp, window, self._slopes())
         if self.is_first:
             hidden = self.embedding(tokens.t(), places.positions.t())
         assert hidden is not None, "a later stage needs the activations of the one before"
@@ -105,6 +106,18 @@ class Transformer(nn.Module):
             return hidden if branch is None else hidden + branch
         _, normed = self.final_norm(hidden, branch)
         return self.head(normed, labels, loss_weights, measure)
+
+    def _window(self, sequence_length: int) -> int | None:
+        """The window of the layers that have one, None where it holds all of a sequence."""
+        window, context = self.config.sliding_window, self.context
+        if window is None or window >= sequence_length:
+            return None
+        if context.cp.size > 1 and context.context_attention == "ring":
+            raise ConfigError(
+                f"sequences of {sequence_length} tokens do not fit the model's sliding_window={window}, which "
+                "parallel.context_attention=ring cannot cut; use all_gather, or shorter sequences"
+            )
+        return window
 
     def _slopes(self) -> torch.Tensor | None:
         """ALiBi's slopes of this rank's heads, where the model has them."""
@@ -176,11 +189,6 @@ def check_divisible(config: ModelConfig, context: ParallelContext) -> None:
         if size % tensor:
             fits = ", ".join(str(n) for n in range(1, 129) if size % n == 0)
             problems.append(f"{name}={size} is not divisible by parallel.tensor={tensor}; use {fits}")
-    if config.sliding_window is not None and context.cp.size > 1 and context.context_attention == "ring":
-        problems.append(
-            f"sliding_window={config.sliding_window} does not go with parallel.context_attention=ring, where keys are "
-            "met a part at a time; use all_gather"
-        )
     if pipeline > config.num_hidden_layers:
         problems.append(
             f"num_hidden_layers={config.num_hidden_layers} leaves some of parallel.pipeline={pipeline} stages "

@@ -243,6 +243,14 @@ def grid_failure(world_size: int, *overrides: str) -> str:
     return str(caught.value)
 
 
+def test_a_sliding_window_needs_gathered_keys() -> None:
+    words = ["--parallel.context=2", "--data.sequence_length=128"]
+    with pytest.raises(ConfigError, match=r"context_attention=ring .*sliding_window=64.*use .*all_gather"):
+        validate_grid(load_config("tiny", words), 2, {"sliding_window": 64})
+    validate_grid(load_config("tiny", words), 2, {"sliding_window": 128})
+    validate_grid(load_config("tiny", [*words, "--parallel.context_attention=all_gather"]), 2, {"sliding_window": 64})
+
+
 def test_the_processes_must_fill_the_grid() -> None:
     message = grid_failure(6, "--parallel.tensor=2", "--parallel.pipeline=2")
     assert "6 processes cannot be divided by parallel.tensor=2 x parallel.pipeline=2 = 4" in message

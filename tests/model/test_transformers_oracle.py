@@ -13,6 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
+from megatron.kernels.runs import Documents
+from megatron.model.config import ModelConfig
+from megatron.model.transformer import Transformer
+from megatron.parallel.mesh import single_rank
+from megatron.utils.errors import ConfigError
+
 from .oracle import compare_with_reference, our_logits, ours, random_llama, random_tokens, widened
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -135,6 +141,23 @@ def test_dynamic_angles_are_those_of_each_length(tmp_path: Path) -> None:
         tokens = random_tokens(96, length=length)
         reference = widened(random_llama(rope_parameters=dict(parameters), max_position_embeddings=8))
         assert (our_logits(model, tokens) - reference(tokens).logits).abs().max() <= 1e-10
+
+
+def test_dynamic_angles_of_documents_are_refused_where_they_would_differ() -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    sizes = {
+        "vocab_size": 9,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    config = ModelConfig.from_huggingface({**sizes, "rope_parameters": scaling, "max_position_embeddings": 8})
+    model, tokens = Transformer(config, single_rank()), torch.zeros(1, 9, dtype=torch.long)
+    starts = torch.zeros(1, 9, dtype=torch.int32)
+    model(tokens[:, :8], documents=Documents(starts[:, :8], 1))
+    with pytest.raises(ConfigError, match=r"max_position_embeddings=8.*a sample of 9 tokens.*at most 8 tokens"):
+        model(tokens, documents=Documents(starts, 1))
 
 
 @settings(max_examples=25)

@@ -8,7 +8,6 @@ import torch
 
 from megatron.checkpoint.source import Source
 from megatron.parallel.layers import ShardedParameter
-from megatron.parallel.layout import Region
 
 
 def load_weights(model: torch.nn.Module, source: Source) -> None:
@@ -16,21 +15,16 @@ def load_weights(model: torch.nn.Module, source: Source) -> None:
 
     Padding rows become zero. Raises CheckpointError where a weight is missing or damaged.
     """
-    read = weight_reader(source, next(model.parameters()).dtype)
+    kind_of = weight_kinds(source, next(model.parameters()).dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, ShardedParameter), name
             parameter.zero_()
             for region, view in parameter.spec.regions(parameter):
-                read(region, view)
+                source.read(region, view, kind_of(region.name))
 
 
-def weight_reader(source: Source, dtype: torch.dtype) -> Callable[[Region, torch.Tensor], None]:
-    """A function that fills a tensor, which holds a region of a model in `dtype`, as `load_weights` would."""
+def weight_kinds(source: Source, dtype: torch.dtype) -> Callable[[str], str]:
+    """Which stored kind gives the weights of a model in `dtype`, by name: masters where they are more precise."""
     masters = source.shapes("master")
-
-    def read(region: Region, out: torch.Tensor) -> None:
-        precise = region.name in masters and dtype != torch.bfloat16
-        source.read(region, out, "master" if precise else "weights")
-
-    return read
+    return lambda name: "master" if name in masters and dtype != torch.bfloat16 else "weights"

@@ -13,7 +13,8 @@ from megatron.checkpoint.manager import apply_retention
 from megatron.checkpoint.native import step_folder
 from megatron.checkpoint.source import Source
 from megatron.checkpoint.store import save_checkpoint
-from megatron.checkpoint.weights import weight_reader
+from megatron.checkpoint.together import read_together
+from megatron.checkpoint.weights import weight_kinds
 from megatron.config.dump import differences, dump_config, to_dict
 from megatron.config.run import RunConfig
 from megatron.data.build import blends_begun
@@ -37,13 +38,23 @@ def start_from(origin: Origin, step: TrainingStep, seed: int) -> None:
     if origin.source is None:
         step.fill(initial_values(origin.model, seed))
         return
-    step.fill(weight_reader(origin.source, next(step.model.parameters()).dtype))
-    # Stored in a higher precision than the weights here, the masters keep it.
-    _load_state(step.optimizer, origin.source, "master", "master" if origin.source.shapes("master") else "weights")
+    source, optimizer = origin.source, step.optimizer
+    dtype = next(step.model.parameters()).dtype
+    # What is stored in a higher precision than the weights here, the masters keep.
+    stored = {source.dtype(name) for name in source.shapes()}
+    precise = optimizer.has_masters and any(torch.promote_types(dtype, other) != dtype for other in stored)
+    masters = bool(source.shapes("master"))
+    axes = (step.context.tp, step.context.grad)
+    step.fill_together(
+        lambda wanted: read_together(source, wanted, axes, weight_kinds(source, dtype)),
+        masters=precise and not masters,
+    )
+    if masters:
+        _load_state(optimizer, source, "master", "master")
     if origin.resume:
         for kind in ("exp_avg", "exp_avg_sq"):
-            _load_state(step.optimizer, origin.source, kind, kind)
-        step.optimizer.set_updates(int((origin.source.state or {}).get("updates", 0)))
+            _load_state(optimizer, source, kind, kind)
+        optimizer.set_updates(int((source.state or {}).get("updates", 0)))
 
 
 def _load_state(optimizer: AdamW, source: Source, kind: str, stored_kind: str) -> None:

@@ -107,12 +107,25 @@ class TrainingStep:
     def fill(self, values: Callable[[Region, torch.Tensor], None]) -> None:
         """Give the weights new values: `values` writes those of a region of a canonical tensor; padding becomes zero.
         Masters are taken from them."""
+
+        def write(wanted: Sequence[tuple[Region, torch.Tensor]]) -> None:
+            for region, view in wanted:
+                values(region, view)
+
+        self.fill_together(write)
+
+    def fill_together(
+        self, write: Callable[[Sequence[tuple[Region, torch.Tensor]]], None], *, masters: bool = False
+    ) -> None:
+        """The same with all regions at once. With `masters` their regions are among them, and they keep what is written
+        there instead of taking it from the weights."""
         with torch.no_grad():
             for bucket in self.buckets:
                 bucket.owned_weights.zero_()
-            for region, view in self.weight_regions():
-                values(region, view)
-        self.optimizer.reset_masters()
+            self.optimizer.reset_masters()
+            write([*self.weight_regions(), *(self.optimizer.state_regions("master") if masters else ())])
+        if not masters:
+            self.optimizer.reset_masters()
         self.weights.updated()
 
     def weight_regions(self, copies: bool = True) -> Iterator[tuple[Region, torch.Tensor]]:

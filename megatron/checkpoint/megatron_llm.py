@@ -319,6 +319,9 @@ def arguments_of(
     problems = [] if config.model_type in _FAMILIES else [f"model_type={config.model_type!r}"]
     problems += ["biases in some layers only"] if len(biases) > 1 else []
     problems += [f"rotary scaling of type {kind!r}"] if kind not in ("default", "linear") else []
+    problems += ["parallel layers"] if config.parallel_norms is not None else []
+    if config.partial_rotary_factor != 1.0:
+        problems.append(f"partial_rotary_factor={config.partial_rotary_factor}")
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         problems.append(f"head_dim={config.head_dim}")
     if problems:

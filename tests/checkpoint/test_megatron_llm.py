@@ -287,6 +287,11 @@ def test_what_megatron_llm_cannot_compute_or_cut_is_refused(tmp_path: Path) -> N
     model = write_model(tmp_path / "model", {**LLAMA, "attention_bias": True}, weights)
     with pytest.raises(ConfigError, match="biases in some layers only"):
         convert(model, tmp_path / "out", to="megatron-llm")
+    pythia = {"model_type": "gpt_neox", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
+    model = write_model(tmp_path / "pythia", pythia, random_weights(pythia))
+    with pytest.raises(ConfigError, match=r"parallel layers; partial_rotary_factor=0\.25"):
+        convert(model, tmp_path / "out", to="megatron-llm")
     model = write_model(tmp_path / "other", LLAMA, random_weights(LLAMA))
     with pytest.raises(ConfigError, match=r"num_key_value_heads=2 is not divisible by 4.*not divisible by 3 stages"):
         convert(model, tmp_path / "out", to="megatron-llm", tensor=4, pipeline=3)

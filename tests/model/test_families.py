@@ -90,6 +90,80 @@ def test_gpt2_has_the_published_number_of_parameters() -> None:
     assert config.num_parameters == 124_439_808
 
 
+LLAMA_3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def grouped(
+    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, key_value_heads: int, **others: Any
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        **others,
+    }
+
+
+def falcon(vocabulary: int, hidden: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {"model_type": "falcon", **sizes, **others}
+
+
+# What their config.json files say, and how many parameters their weight files hold, a tied embedding once.
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "Llama-3.1-8B": (
+        grouped(128256, 4096, 14336, 32, 32, 8, rope_theta=5e5, rope_scaling=LLAMA_3_SCALING), 8_030_261_248
+    ),
+    "Llama-3.2-1B": (
+        grouped(128256, 2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True,
+                rope_scaling={**LLAMA_3_SCALING, "factor": 32.0}), 1_235_814_400
+    ),
+    "CodeLlama-34b": (grouped(32000, 8192, 22016, 48, 64, 8, rope_theta=1e6), 33_743_970_304),
+    "Mistral-7B-v0.1": (
+        grouped(32000, 4096, 14336, 32, 32, 8, model_type="mistral", sliding_window=4096), 7_241_732_096
+    ),
+    "Qwen2.5-0.5B": (
+        grouped(151936, 896, 4864, 24, 14, 2, model_type="qwen2", tie_word_embeddings=True, sliding_window=32768,
+                use_sliding_window=False, max_window_layers=24), 494_032_768
+    ),
+    "Qwen2.5-7B": (grouped(152064, 3584, 18944, 28, 28, 4, model_type="qwen2"), 7_615_616_512),
+    "Qwen3-0.6B": (
+        grouped(151936, 1024, 3072, 28, 16, 8, model_type="qwen3", head_dim=128, tie_word_embeddings=True), 596_049_920
+    ),
+    "Qwen3-8B": (grouped(151936, 4096, 12288, 36, 32, 8, model_type="qwen3", head_dim=128), 8_190_735_360),
+    "falcon-7b": (falcon(65024, 4544, 32, 71, multi_query=True, parallel_attn=True), 6_921_720_704),
+    "falcon-40b": (falcon(65024, 8192, 60, 128, num_kv_heads=8, new_decoder_architecture=True), 41_303_293_952),
+    "falcon-rw-1b": (
+        falcon(50304, 2048, 24, 32, alibi=True, bias=True, multi_query=False, parallel_attn=False), 1_311_625_216
+    ),
+    "pythia-6.9b": (
+        {**NEOX, "vocab_size": 50432, "hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "rotary_pct": 0.25, "use_parallel_residual": True}, 6_857_302_016
+    ),
+    "gpt-neox-20b": (
+        {**NEOX, "vocab_size": 50432, "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44,
+         "num_attention_heads": 64, "rotary_pct": 0.25, "use_parallel_residual": True, "hidden_act": "gelu_fast"},
+        20_554_567_680,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "parameters"), PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_published_models_have_the_published_number_of_parameters(config: dict[str, Any], parameters: int) -> None:
+    model = ModelConfig.from_huggingface(config)
+    assert model.num_parameters == parameters
+    assert sum(math.prod(shape) for shape in canonical_shapes(model).values()) == parameters
+
+
 @pytest.mark.parametrize(
     "config", [GPT2, {**GPT2, "tie_word_embeddings": False}, NEOX, {**NEOX, "attention_bias": False}]
 )

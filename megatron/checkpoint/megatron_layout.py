@@ -148,11 +148,14 @@ class _Rank:
         config, family = self.config, self.config.family
         canonical, attention = family.layer(number), f"{prefix}.{_ATTENTION[dialect]}"
         heads = config.num_attention_heads * config.head_dim
-        yield from self.norm(f"{prefix}.input_layernorm", f"{canonical}.{family.attention_norm}")
+        first, *second = family.layer_norms(config)
+        yield from self.norm(f"{prefix}.input_layernorm", f"{canonical}.{first}")
         yield from self.query_key_value(f"{attention}.query_key_value", canonical)
         output = f"{canonical}.{family.attention_output}"
         yield from self.row(f"{attention}.dense", output, heads, config.attention_output_bias)
-        yield from self.norm(f"{prefix}.post_attention_layernorm", f"{canonical}.{family.feed_forward_norm}")
+        for name in second:
+            key = "mlp_layernorm" if config.parallel_norms == 2 else "post_attention_layernorm"
+            yield from self.norm(f"{prefix}.{key}", f"{canonical}.{name}")
         yield from self.feed_forward(f"{prefix}.mlp.dense_h_to_4h", canonical)
         output = f"{canonical}.{family.feed_forward_output}"
         yield from self.row(f"{prefix}.mlp.dense_4h_to_h", output, config.intermediate_size, config.mlp_bias)

@@ -34,7 +34,10 @@ LATEST = "latest_checkpointed_iteration.txt"
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_FAMILIES = ("llama", "mistral", "gpt2", "gpt_neox")
+_FAMILIES = ("llama", "mistral", "falcon", "gpt2", "gpt_neox")
+_TOKENIZERS = {"falcon": "FalconTokenizer", "gpt2": "GPT2BPETokenizer", "gpt_neox": "GPT2BPETokenizer"}
+# What Megatron-LLM's layers do not do besides, and the value under which they need not.
+_ONLY = {"query_key_norm": False, "full_attention_layers": (), "partial_rotary_factor": 1.0, "alibi": False}
 _LEAST_VERSION = 2.0  # before, rows of queries, keys and values lay in other orders
 
 
@@ -235,7 +238,7 @@ def config_of_arguments(arguments: Mapping[str, Any], padded: int) -> dict[str, 
     vocabulary = int(arguments.get("true_vocab_size") or padded)
     eps = float(arguments.get("layernorm_epsilon") or 1e-5)
     if arguments.get("parallel_attn"):
-        raise ValueError("parallel_attn: give the model's config.json in the folder")
+        return _falcon(arguments, vocabulary, hidden, heads, layers, inner, positions, eps)
     if arguments.get("glu_activation") in (None, "None", ""):
         if arguments.get("use_rms_norm"):
             raise ValueError("use_rms_norm without glu_activation")
@@ -285,6 +288,44 @@ def config_of_arguments(arguments: Mapping[str, Any], padded: int) -> dict[str, 
     return config
 
 
+def _falcon(
+    arguments: Mapping[str, Any],
+    vocabulary: int,
+    hidden: int,
+    heads: int,
+    layers: int,
+    inner: int,
+    positions: int,
+    eps: float,
+) -> dict[str, Any]:
+    """Attention and feed-forward at once is what Falcon alone has there."""
+    keys = int(arguments.get("num_attention_heads_kv") or heads)
+    new = bool(arguments.get("parallel_layernorm")) or keys not in (1, heads)
+    return {
+        "architectures": ["FalconForCausalLM"],
+        "model_type": "falcon",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "ffn_hidden_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_kv_heads": keys,
+        "multi_query": keys == 1,
+        "new_decoder_architecture": new,
+        "parallel_attn": True,
+        "num_ln_in_parallel_attn": (2 if arguments.get("parallel_layernorm") else 1) if new else None,
+        "max_position_embeddings": positions,
+        "layer_norm_epsilon": eps,
+        "alibi": False,
+        "rope_theta": float(arguments.get("rope_theta") or 10000.0),
+        "tie_word_embeddings": bool(arguments.get("tie_embed_logits", True)),
+        "activation": "gelu_new" if arguments.get("bias_gelu_fusion") else "gelu",
+        "bias": bool(arguments.get("use_bias", False)),
+        "bos_token_id": 11,
+        "eos_token_id": 11,
+    }
+
+
 def megatron_files(
     config: ModelConfig, grid: MegatronGrid, dtypes: Mapping[str, torch.dtype], divisor: int = 128
 ) -> dict[str, list[FileTensor]]:
@@ -306,22 +347,20 @@ def padded_rows(vocabulary: int, tensor: int, divisor: int) -> int:
     return unit * -(-vocabulary // unit)
 
 
-def arguments_of(
-    config: ModelConfig, stated: Mapping[str, Any], grid: MegatronGrid, dtype: torch.dtype, divisor: int = 128
-) -> dict[str, Any]:
-    """The arguments to save with a model's weights; `stated` is the content of `config.json`.
+def arguments_of(config: ModelConfig, grid: MegatronGrid, dtype: torch.dtype, divisor: int = 128) -> dict[str, Any]:
+    """The arguments to save with a model's weights.
 
     Raises ConfigError for a model whose function Megatron-LLM has not.
     """
-    scaling = stated.get("rope_scaling") or stated.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    scaling = config.rope_scaling
     biases = {config.query_key_value_bias, config.attention_output_bias, config.mlp_bias}
     problems = [] if config.model_type in _FAMILIES else [f"model_type={config.model_type!r}"]
     problems += ["biases in some layers only"] if len(biases) > 1 else []
-    problems += [f"rotary scaling of type {kind!r}"] if kind not in ("default", "linear") else []
-    problems += ["parallel layers"] if config.parallel_norms is not None else []
-    if config.partial_rotary_factor != 1.0:
-        problems.append(f"partial_rotary_factor={config.partial_rotary_factor}")
+    problems += [f"rotary scaling of type {scaling.rope_type!r}"] if scaling and scaling.rope_type != "linear" else []
+    problems += [f"{name}={getattr(config, name)}" for name, built in _ONLY.items() if getattr(config, name) != built]
+    problems += ["parallel layers"] if config.parallel_norms is not None and config.model_type != "falcon" else []
+    if config.sliding_window is not None and config.model_type != "mistral":
+        problems.append(f"sliding_window={config.sliding_window} of a {config.model_type}")
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         problems.append(f"head_dim={config.head_dim}")
     if problems:
@@ -334,7 +373,8 @@ def arguments_of(
         "num_attention_heads_kv": config.num_key_value_heads,
         "kv_channels": config.head_dim,
         "ffn_hidden_size": config.intermediate_size,
-        "parallel_attn": False,
+        "parallel_attn": config.parallel_norms is not None,
+        "parallel_layernorm": config.parallel_norms == 2,
         "use_bias": biases == {True},
         "make_vocab_size_divisible_by": divisor,
         "glu_activation": "swiglu" if config.is_gated else None,
@@ -342,7 +382,7 @@ def arguments_of(
         "true_vocab_size": config.vocab_size,
         "use_rms_norm": config.rms_norm_eps is not None,
         "tie_embed_logits": config.tie_word_embeddings,
-        "tokenizer_type": "SentencePieceTokenizer" if config.is_gated else "GPT2BPETokenizer",
+        "tokenizer_type": _TOKENIZERS.get(config.model_type, "SentencePieceTokenizer"),
         "max_position_embeddings": config.max_position_embeddings,
         "seq_length": config.max_position_embeddings,
         "layernorm_epsilon": config.norm_eps,
@@ -358,9 +398,9 @@ def arguments_of(
     }
     if config.rope_theta is not None:
         arguments["rope_theta"] = config.rope_theta
-        arguments["rope_scaling_factor"] = float(scaling.get("factor") or 1.0)
-    if stated.get("sliding_window") and config.model_type == "mistral":
-        arguments["sliding_window_size"] = int(stated["sliding_window"])
+        arguments["rope_scaling_factor"] = scaling.factor if scaling else 1.0
+    if config.sliding_window is not None:
+        arguments["sliding_window_size"] = config.sliding_window
     return arguments
 
 

@@ -177,13 +177,10 @@ def meta_files(config: ModelConfig, shards: int, dtypes: Mapping[str, torch.dtyp
     return files
 
 
-def params_of(config: ModelConfig, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `params.json`; `stated` is that of `config.json`.
-
-    Raises ConfigError for a model that Meta's code cannot be told of.
-    """
-    scaling = stated.get("rope_scaling") or stated.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+def params_of(config: ModelConfig) -> dict[str, Any]:
+    """The content of `params.json`. Raises ConfigError for a model that Meta's code cannot be told of."""
+    scaling = config.rope_scaling
+    kind = scaling.rope_type if scaling else "default"
     others = {
         "model_type": (config.model_type, "llama"),
         "tie_word_embeddings": (config.tie_word_embeddings, False),
@@ -193,11 +190,11 @@ def params_of(config: ModelConfig, stated: Mapping[str, Any]) -> dict[str, Any]:
         "rotary scaling": (kind, kind if kind in ("default", "llama3") else "default"),
     }
     problems = [f"{name}={found} (only {wanted})" for name, (found, wanted) in others.items() if found != wanted]
-    if kind == "llama3":
+    if scaling and kind == "llama3":
         problems += [
-            f"{name}={scaling.get(name)} (only {value})"
+            f"{name}={getattr(scaling, name)} (only {value})"
             for name, value in _LLAMA3_SCALING.items()
-            if name != "high_freq_factor" and scaling.get(name) != value
+            if name != "high_freq_factor" and getattr(scaling, name) != value
         ]
     if problems:
         raise ConfigError(f"Meta's files cannot hold this model: {'; '.join(problems)}.")
@@ -211,10 +208,10 @@ def params_of(config: ModelConfig, stated: Mapping[str, Any]) -> dict[str, Any]:
     params |= {"norm_eps": config.norm_eps, "vocab_size": config.vocab_size}
     if config.rope_theta != 10000.0:
         params["rope_theta"] = config.rope_theta
-    if kind == "llama3":
+    if scaling and kind == "llama3":
         params["use_scaled_rope"] = True
-        params["rope_scaling_factor"] = scaling.get("factor")
-        params["rope_high_freq_factor"] = scaling.get("high_freq_factor")
+        params["rope_scaling_factor"] = scaling.factor
+        params["rope_high_freq_factor"] = scaling.high_freq_factor
     return params
 
 

@@ -121,7 +121,7 @@ def _native(request: Request) -> Target:
 def _meta(request: Request) -> Target:
     if request.pipeline not in (None, 1):
         raise ConfigError("Meta's files are cut for tensor ranks alone: leave --pipeline out.")
-    params = params_of(request.config, request.source.model_config)
+    params = params_of(request.config)
     planned = meta_files(request.config, request.grid[0], request.dtypes)
     files = [OutputFile(name, tuple(tensors), content=dict) for name, tensors in planned.items()]
 
@@ -135,7 +135,7 @@ def _meta(request: Request) -> Target:
 def _megatron_llm(request: Request) -> Target:
     grid = MegatronGrid(*request.grid)
     dtype = getattr(torch, request.stated_dtype, torch.float32)
-    arguments = arguments_of(request.config, request.source.model_config, grid, dtype)
+    arguments = arguments_of(request.config, grid, dtype)
     planned = megatron_files(request.config, grid, request.dtypes)
     content = partial(file_content, arguments)
     files = [OutputFile(name, tuple(tensors), content) for name, tensors in planned.items()]

@@ -16,6 +16,7 @@ import torch
 
 from megatron.checkpoint.convert import convert
 from megatron.checkpoint.source import open_source
+from megatron.model.config import ModelConfig
 from megatron.utils.errors import CheckpointError, ConfigError
 
 from .conftest import CONFIG
@@ -290,9 +291,72 @@ def test_what_megatron_llm_cannot_compute_or_cut_is_refused(tmp_path: Path) -> N
     pythia = {"model_type": "gpt_neox", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
               "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
     model = write_model(tmp_path / "pythia", pythia, random_weights(pythia))
-    with pytest.raises(ConfigError, match=r"parallel layers; partial_rotary_factor=0\.25"):
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor=0\.25; parallel layers"):
         convert(model, tmp_path / "out", to="megatron-llm")
     model = write_model(tmp_path / "other", LLAMA, random_weights(LLAMA))
     with pytest.raises(ConfigError, match=r"num_key_value_heads=2 is not divisible by 4.*not divisible by 3 stages"):
         convert(model, tmp_path / "out", to="megatron-llm", tensor=4, pipeline=3)
     assert not (tmp_path / "out").exists()
+
+
+FALCON = {
+    "model_type": "falcon",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "ffn_hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "new_decoder_architecture": True,
+    "parallel_attn": True,
+    "multi_query": False,
+    "alibi": False,
+    "bias": False,
+}
+OTHERS = {
+    "falcon 40B": (FALCON, 2),
+    "falcon 11B": ({**FALCON, "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False}, 2),
+    "falcon 7B": ({**FALCON, "new_decoder_architecture": False, "multi_query": True, "num_kv_heads": None}, 1),
+    "mistral": ({**LLAMA, "model_type": "mistral", "sliding_window": 32, "architectures": ["MistralForCausalLM"]}, 2),
+    "linear scaling": ({**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_there_and_back(tmp_path: Path, name: str) -> None:
+    """With `config.json`, and by the arguments alone."""
+    config, tensor = OTHERS[name]
+    weights = random_weights(config)
+    model = write_model(tmp_path / "model", config, weights)
+    convert(model, tmp_path / "mega", to="megatron-llm", tensor=tensor, pipeline=2)
+    encoder = torch.load(
+        tmp_path / f"mega/release/mp_rank_{tensor - 1:02d}_000/model_optim_rng.pt", weights_only=False
+    )["model"]["language_model"]["encoder"]
+    if name == "falcon 40B":
+        assert torch.equal(encoder["layers.1.mlp_layernorm.bias"], weights["transformer.h.1.ln_mlp.bias"])
+        fused = weights["transformer.h.1.self_attention.query_key_value.weight"][16:]  # the second group: 2 q, k, v
+        expected = torch.cat([interleaved(fused[:12]), fused[12:]])
+        assert torch.equal(encoder["layers.1.self_attention.query_key_value.weight"], expected)
+    for alone in (False, True):
+        if alone:
+            (tmp_path / "mega" / "config.json").unlink()
+        with open_source(tmp_path / "mega") as source, open_source(model) as original:
+            found = ModelConfig.from_huggingface(source.model_config)
+            assert found == ModelConfig.from_huggingface(original.model_config)
+        convert(tmp_path / "mega", tmp_path / f"back{alone}", to="huggingface")
+        assert same(read_all(tmp_path / f"back{alone}"), weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rotary scaling of type 'dynamic'"),
+        ({"model_type": "qwen3", "head_dim": 4}, "model_type='qwen3'"),
+        ({"head_dim": 8}, "head_dim=8"),
+    ],
+)
+def test_other_functions_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    config = {**LLAMA, **changes}
+    model = write_model(tmp_path / "model", config, random_weights(config))
+    with pytest.raises(ConfigError, match=message):
+        convert(model, tmp_path / "out", to="megatron-llm")

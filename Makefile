@@ -50,6 +50,7 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m megatron.config.reference docs/configuration.md --check
+	$(BIN)/python -m megatron.config.megatron_llm.page docs/megatron_llm.md --check
 
 bench: venv
 	@for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
@@ -59,6 +60,7 @@ sanitize: venv
 
 docs: venv
 	$(BIN)/python -m megatron.config.reference docs/configuration.md
+	$(BIN)/python -m megatron.config.megatron_llm.page docs/megatron_llm.md
 
 gpu-check: venv
 	$(BIN)/python -m tools.gpu_check

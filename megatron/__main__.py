@@ -19,7 +19,8 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType, ModuleType
 from typing import NoReturn
 
@@ -72,13 +73,18 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line (None: the process's own) and return the exit code."""
+def main(words: Sequence[str] | None = None, translate: Callable[[Sequence[str]], list[str]] | None = None) -> int:
+    """Run the command line (None: the process's own) and return the exit code.
+
+    `translate` is for programs with words of their own: it makes words for `megatron` of them, and errors bear the
+    program's name.
+    """
     words = list(sys.argv[1:] if words is None else words)
     program = f"megatron {words[0]}" if words and words[0] in VERBS else "megatron"
+    program = Path(sys.argv[0]).name if translate is not None else program
     try:
         configure_logging(read_launch().rank)
-        code = _run(words)
+        code = _run(words if translate is None else translate(words))
         sys.stdout.flush()
         return code
     except MegatronError as error:

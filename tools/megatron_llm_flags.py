@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron.__main__ import main as run_verb
+from megatron.config.megatron_llm.table import raise_problems, unknown_flag
 from megatron.tokenizer import gpt2, load_tokenizer, read_extra_tokens
-from megatron.utils.errors import ConfigError, MegatronError
+from megatron.utils.errors import ConfigError
 
 _SENTENCE_PIECE, _GPT2, _FALCON = "SentencePieceTokenizer", "GPT2BPETokenizer", "FalconTokenizer"
 _BERT = ("BertWordPieceLowerCase", "BertWordPieceCase")
@@ -33,7 +34,14 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """The flags of a command line. Raises ConfigError for what is unknown."""
-        return self.parse_args([_as_underscores(word) for word in words])
+        arguments, unknown = self.parse_known_args([_as_underscores(word) for word in words])
+        names = [word.partition("=")[0].removeprefix("--") for word in unknown if word.startswith("--")]
+        if names:
+            known = {option.removeprefix("--") for option in self._option_string_actions}
+            raise_problems([unknown_flag(name, sorted(known)) for name in names])
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return arguments
 
 
 def _as_underscores(word: str) -> str:
@@ -49,12 +57,7 @@ def run_tool(words_of_verb: Callable[[Sequence[str]], list[str]]) -> int:
 
     `words_of_verb` makes its words of this tool's.
     """
-    try:
-        words = words_of_verb(sys.argv[1:])
-    except MegatronError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
-        return 2
-    return run_verb(words)
+    return run_verb(sys.argv[1:], words_of_verb)
 
 
 def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:

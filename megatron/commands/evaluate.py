@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep attention and positions within documents, as data.document_mask",
     )
+    parser.add_argument(
+        "--megatron-llm", action="store_true", help="also print the lines that Megatron-LLM prints for test data"
+    )
     grid = parser.add_argument_group("grid under torchrun (what is left of the processes shares the windows)")
     grid.add_argument("--tensor", "--parallel.tensor", dest="tensor", type=_positive, default=1, metavar="N")
     grid.add_argument("--context", "--parallel.context", dest="context", type=_positive, default=1, metavar="N")
@@ -40,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from megatron.evaluate.run import evaluate_folder
     from megatron.parallel.world import start_world
+    from megatron.train.megatron_lines import evaluation_lines
     from megatron.utils.device import explain_out_of_memory
 
     with start_world(timeout_s=1800) as world, explain_out_of_memory(world.device, world.launch.rank, _CURE):
@@ -56,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
             document_mask=arguments.document_mask,
         )
         if world.launch.rank == 0:
+            if arguments.megatron_llm:
+                sys.stdout.write(evaluation_lines(result, "the end of training for test data"))
             line = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
             # JSON has no word for a figure that is not finite
             finite = {name: value if math.isfinite(value) else None for name, value in line.items()}

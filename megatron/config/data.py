@@ -48,6 +48,10 @@ class DataConfig:
         "Validation data: a prefix, a list of [weight, prefix], or a list of prefixes, of which as much is read each. "
         "The loss of each is reported.",
     )
+    test: Source | None = key(
+        None,
+        "Test data, as data.validation: its loss is reported once, at the end of training, on evaluate.batches.",
+    )
     split: str | None = key(
         None,
         "Megatron's split string, as `969,30,1`: of each pair of data.train, in file order (of conversations in the "

@@ -19,3 +19,6 @@ class LogConfig:
     )
     tensorboard: bool = key(False, "Also write TensorBoard files in log.dir (needs the extra `tensorboard`).")
     wandb_project: str | None = key(None, "Also report to this Weights & Biases project (needs the extra `wandb`).")
+    megatron_llm: bool = key(
+        False, "Also print Megatron-LLM's log lines on standard output, for programs that read those."
+    )

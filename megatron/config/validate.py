@@ -97,11 +97,12 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
             f"data.split={data.split} with data.validation={show(data.validation)}: the split takes validation data "
             "from data.train; leave one of them out",
         )
-    if data.validation is not None and len(blends_of(data.validation)) > 1:
-        yield Problem(
-            ("data.validation",),
-            "data.validation has blends that follow each other, but it is the same set each time; give one blend",
-        )
+    for name, source in (("validation", data.validation), ("test", data.test)):
+        if source is not None and len(blends_of(source)) > 1:
+            yield Problem(
+                (f"data.{name}",),
+                f"data.{name} has blends that follow each other, but it is the same set each time; give one blend",
+            )
     yield from _kind_problems(data)
 
 
@@ -128,7 +129,7 @@ def _kind_problems(data: DataConfig) -> Iterator[Problem]:
             ("data.kind", "data.document_mask"),
             "data.document_mask=true with data.kind=instruction: conversations never see each other; leave it out",
         )
-    for name in ("train", "validation"):
+    for name in ("train", "validation", "test"):
         if getattr(data, name) == SYNTHETIC:
             yield Problem(
                 ("data.kind", f"data.{name}"),

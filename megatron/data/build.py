@@ -197,7 +197,8 @@ def source_names(prefixes: Sequence[str]) -> list[str]:
 
 def data_prefixes(config: DataConfig) -> list[str]:
     """The pairs of tokens that a configuration reads, each once. Raises DataError where data are of the other kind."""
-    named = [source for source in (config.train, config.validation) if source is not None and source != SYNTHETIC]
+    sources = (config.train, config.validation, config.test)
+    named = [source for source in sources if source is not None and source != SYNTHETIC]
     stages = [stage for source in named for stage in blends_of(source)]
     prefixes = dict.fromkeys(prefix for stage in stages for _, prefix in stage.blend)
     if config.kind == "pretraining":

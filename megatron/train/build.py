@@ -35,13 +35,15 @@ from megatron.train.datasets import (
     describe_order,
     figures_of_sources,
     find_markers,
+    test_config,
     training_dataset,
     validation_sets,
 )
-from megatron.train.hooks import CollectGarbage, Hook, Report, Save
+from megatron.train.hooks import CollectGarbage
 from megatron.train.kernels import choose_kernels, install
 from megatron.train.metrics import Metrics, Speed
 from megatron.train.origin import Origin, find_origin
+from megatron.train.reporting import build_hooks, open_lines, told_save
 from megatron.train.signals import STOP_FILE, StopWish
 from megatron.train.sinks import CONFIG_FILE, Sink, open_sinks, set_aside
 from megatron.train.state import Progress
@@ -156,24 +158,26 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
             world.launch.world_size,
         )
         metrics = Metrics(speed, progress)
-        report = Report(
-            metrics,
-            sinks,
-            steps=config.train.steps,
-            interval=config.log.interval,
-            evaluate=world.agree(lambda: _validation(config, plan, origin, step.model, world)),
-            evaluate_interval=config.evaluate.interval,
-            read_so_far=figures_of_sources(loader.dataset),
-        )
+        validate = world.agree(lambda: _validation(config, plan, origin, step.model, world))
+        test = world.agree(lambda: _test(config, plan, origin, step.model, world))
         stop_file = Path(config.log.dir) / STOP_FILE if config.log.dir and world.launch.rank == 0 else None
         wish = stack.enter_context(StopWish(stop_file))
         if progress.step < config.train.steps:
             _describe_run(config, plan, origin, step, world, progress)
 
-        def save() -> None:
-            checkpoints.save(step, progress)
-
-        hooks: list[Hook] = [report, Save(save, metrics, config.checkpoint.interval)]
+        lines = open_lines(config, world, plan.ramp, plan.decay_steps, progress)
+        save = told_save(config, lines, lambda: checkpoints.save(step, progress), progress)
+        hooks = build_hooks(
+            config,
+            metrics,
+            sinks,
+            lines,
+            validate=validate,
+            test=test,
+            save=save,
+            progress=progress,
+            read_so_far=figures_of_sources(loader.dataset),
+        )
         if config.train.gc_interval is not None:
             hooks.append(stack.enter_context(CollectGarbage(config.train.gc_interval)))
         yield Trainer(
@@ -298,8 +302,21 @@ def _validation(
     config: RunConfig, plan: Plan, origin: Origin, model: Transformer | ChunkedTransformer, world: World
 ) -> Callable[[], Evaluation] | None:
     """A function that evaluates the fixed validation sets; None where none are asked for."""
-    if config.evaluate.interval is None:
-        return None
+    return None if config.evaluate.interval is None else _evaluation(config, plan, origin, model, world)
+
+
+def _test(
+    config: RunConfig, plan: Plan, origin: Origin, model: Transformer | ChunkedTransformer, world: World
+) -> Callable[[], Evaluation] | None:
+    """A function that evaluates the test data; None where there are none."""
+    tested = test_config(config)
+    return None if tested is None else _evaluation(tested, plan, origin, model, world)
+
+
+def _evaluation(
+    config: RunConfig, plan: Plan, origin: Origin, model: Transformer | ChunkedTransformer, world: World
+) -> Callable[[], Evaluation] | None:
+    """A function that evaluates data.validation; None where there is none."""
     datasets = validation_sets(
         config,
         sequence_length=plan.sequence_length,

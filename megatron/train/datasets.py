@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron.config.batches import largest_batch
-from megatron.config.data import SYNTHETIC
+from megatron.config.data import SYNTHETIC, blends_of
 from megatron.config.run import RunConfig
 from megatron.data.build import (
     build_train_dataset,
     build_validation_datasets,
+    open_pairs,
     open_training_sources,
     source_names,
     validation_blend,
@@ -61,6 +63,23 @@ def validation_sets(
     return dict(
         build_validation_datasets(config.data, sequence_length=sequence_length, samples=samples, vocab_size=vocab_size)
     )
+
+
+def test_config(config: RunConfig) -> RunConfig | None:
+    """The configuration whose validation data are the test data of this one; None where there are none."""
+    if config.data.test is None:
+        return None
+    return replace(config, data=replace(config.data, validation=config.data.test, split=None))
+
+
+def count_documents(config: RunConfig) -> list[int]:
+    """The number of sequences in each training pair, as Megatron-LLM counts documents."""
+    if config.data.train is None or config.data.train == SYNTHETIC:
+        return []
+    prefixes = dict.fromkeys(prefix for stage in blends_of(config.data.train) for _, prefix in stage.blend)
+    if config.data.kind == "instruction":
+        prefixes = dict.fromkeys(text_prefix(prefix) for prefix in prefixes)
+    return [len(reader) for reader in open_pairs(prefixes)]
 
 
 def describe_order(config: RunConfig, *, sequence_length: int, samples: int) -> dict[str, Any]:

@@ -75,13 +75,26 @@ class Report:
             )
             for name, part in evaluation.parts.items():
                 _logger.info("step %d  %s: loss %.4f  perplexity %.3f", progress.step, name, part.loss, part.perplexity)
-        for sink in self.sinks:
-            try:
-                sink.write(progress.step, figures)
-            except OSError as error:  # a full disk there is no reason to lose the run
-                _logger.warning("the figures of step %d were not written: %s", progress.step, error)
+        write_figures(self.sinks, progress.step, figures)
         if self.metrics.skipped_in_a_row >= _MOST_SKIPPED:
             raise _no_updates(progress.step, self.metrics.skipped_in_a_row)
+
+
+class Test:
+    """The loss on the test data, once, at the end."""
+
+    def __init__(self, metrics: Metrics, sinks: Sequence[Sink], evaluate: Callable[[], Evaluation]) -> None:
+        self.metrics, self.sinks, self.evaluate = metrics, sinks, evaluate
+
+    def after_step(self, progress: Progress, outcome: StepOutcome, last: bool) -> None:
+        if not last:
+            return
+        with self.metrics.paused():
+            evaluation = self.evaluate()
+        _logger.info("test loss %.4f  perplexity %.3f", evaluation.loss, evaluation.perplexity)
+        figures = {"test_loss": evaluation.loss, "test_perplexity": evaluation.perplexity}
+        figures |= {f"test_{name}": value for name, value in evaluation.metrics.items()}
+        write_figures(self.sinks, progress.step, figures)
 
 
 class CollectGarbage:
@@ -100,6 +113,15 @@ class CollectGarbage:
 
     def __exit__(self, *_: object) -> None:
         gc.enable()
+
+
+def write_figures(sinks: Sequence[Sink], step: int, figures: Mapping[str, float | int]) -> None:
+    """Give figures to all sinks; a full disk there is no reason to lose the run."""
+    for sink in sinks:
+        try:
+            sink.write(step, figures)
+        except OSError as error:
+            _logger.warning("the figures of step %d were not written: %s", step, error)
 
 
 def _no_updates(step: int, skipped: int) -> TrainingError:

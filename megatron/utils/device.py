@@ -129,6 +129,18 @@ def keep_freed_memory(device: torch.device) -> None:
             library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def memory_in_use(device: torch.device) -> dict[str, int] | None:
+    """Bytes that torch holds of the device's memory, and the most it held; None where there are no figures."""
+    if device.type != "cuda":
+        return None
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "max allocated": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "max reserved": torch.cuda.max_memory_reserved(device),
+    }
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it (a CPU always has)."""
     if device.type == "cuda":

@@ -6,6 +6,7 @@ It owns the names of `torchrun`'s variables. It must not know devices, process g
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.utils.errors import ConfigError
@@ -71,6 +72,11 @@ def _list(found: dict[str, str | None]) -> str:
 def request_deterministic_products() -> None:
     """Ask cuBLAS for workspaces with which its matrix products are deterministic, unless the user chose some."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def set_for_libraries(variables: Mapping[str, str]) -> None:
+    """Tell a library of others what a command line says, in the variables that it reads."""
+    os.environ.update(variables)
 
 
 def wished_compiler() -> str | None:

@@ -25,7 +25,7 @@ class StoredPiece:
     """A rectangle of a canonical tensor, stored under `key` in the file named `file` of the checkpoint's folder.
 
     It is all of the stored tensor, or (with an `offset`) lies within it, its rows `step` rows apart; `transposed`: as
-    its transpose.
+    its transpose. With a `matrix` (first element, columns) a stored vector is seen as rows from that element on.
     """
 
     region: Region
@@ -35,6 +35,7 @@ class StoredPiece:
     offset: tuple[int, ...] | None = None
     step: int = 1
     transposed: bool = False
+    matrix: tuple[int, int] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -52,8 +53,16 @@ class StoredPiece:
             for at, index, step in zip(self.offset, within, steps, strict=True)
         )
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
+    def seen(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a stored tensor as this piece sees it."""
+        if self.matrix is None or len(shape) != 1:
+            return shape
+        first, columns = self.matrix
+        return (max(0, shape[0] - first) // columns, columns)
+
+    def fits(self, stored: tuple[int, ...]) -> bool:
         """Whether a stored tensor of this shape can hold the piece."""
+        shape = self.seen(stored)
         if self.offset is None:
             return shape == self.region.size
         return len(shape) == len(self.offset) and all(

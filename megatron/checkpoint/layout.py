@@ -78,8 +78,11 @@ def whole(region: Region, key: str, dtype: torch.dtype, kind: str = "weights") -
     return FileTensor(key, region.size, dtype, (Placed(region, (0,) * len(region.size)),), kind)
 
 
-def stored_piece(piece: Placed, dtype: torch.dtype, file: str, key: str) -> StoredPiece:
-    return StoredPiece(piece.region, dtype, file, key, piece.offset, piece.step, piece.transposed)
+def stored_piece(
+    piece: Placed, dtype: torch.dtype, file: str, key: str, matrix: tuple[int, int] | None = None
+) -> StoredPiece:
+    """A placed region as a reader finds it; `matrix` as in `StoredPiece`."""
+    return StoredPiece(piece.region, dtype, file, key, piece.offset, piece.step, piece.transposed, matrix)
 
 
 def from_spec(spec: ShardSpec) -> tuple[Placed, ...]:
@@ -109,35 +112,50 @@ def interleave(piece: Placed, head_dim: int) -> Iterator[Placed]:
             yield replace(piece, region=region, offset=offset, step=2)
 
 
-def flat_part(tensor: FileTensor, begin: int, stop: int) -> Iterator[Placed]:
-    """What elements `begin … stop` of a file's flattened tensor are, placed in a one-dimensional tensor of its own.
+def flat_part(tensor: FileTensor, begin: int, stop: int) -> Iterator[tuple[Placed, tuple[int, int] | None]]:
+    """What elements `begin … stop` of a file's flattened tensor are, where these are a run of their own.
 
-    Regions come as rows: a canonical rectangle does not lie in one run of the flattened tensor in general.
+    Of a matrix, whole rows and the parts of a row before and after them, each placed in a matrix within the run: its
+    first element and its number of columns are told along. Of a vector, placed in the run itself (None).
     """
-    columns = tensor.shape[1] if len(tensor.shape) == 2 else 1
     for piece in tensor.pieces:
         if piece.copy:
             continue
-        yield from _flat_rows(piece, columns, begin, stop)
+        if len(tensor.shape) == 1:
+            found = piece.rows(begin, stop)
+            if found is not None:
+                yield Placed(found[0], (found[1][0].start,), piece.step), None
+            continue
+        columns = tensor.shape[1]
+        top, bottom = -(-begin // columns), stop // columns
+        if top > bottom:  # the run lies within one row
+            yield from _row_part(piece, columns, begin, stop, begin)
+            continue
+        yield from _row_part(piece, columns, begin, top * columns, begin)
+        found = piece.rows(top, bottom)
+        if found is not None:
+            region, place = found
+            offset = (place[0].start, place[1].start)
+            yield Placed(region, offset, piece.step, piece.transposed), (top * columns - begin, columns)
+        yield from _row_part(piece, columns, bottom * columns, stop, begin)
 
 
-def _flat_rows(piece: Placed, columns: int, begin: int, stop: int) -> Iterator[Placed]:
-    found = piece.rows(begin // columns, -(-stop // columns))
+def _row_part(piece: Placed, columns: int, low: int, high: int, base: int) -> Iterator[tuple[Placed, tuple[int, int]]]:
+    """The elements `low … high`, all of one row, of a run that begins at element `base`."""
+    row = low // columns
+    found = piece.rows(row, row + 1) if low < high else None
     if found is None:
         return
-    part, place = found
-    left, width = (piece.offset[1], piece.size[1]) if len(piece.offset) == 2 else (0, 1)
-    dim = len(piece.offset) - 1 if piece.transposed else 0
-    for number, row in enumerate(range(place[0].start, place[0].stop, place[0].step)):
-        at = (begin // columns + row) * columns + left
-        low, high = max(at, begin), min(at + width, stop)
-        if low >= high:
-            continue
-        start, size = list(part.start), list(part.size)
-        start[dim], size[dim] = start[dim] + number, 1
-        if len(start) == 2:
-            start[1 - dim], size[1 - dim] = start[1 - dim] + low - at, high - low
-        yield Placed(replace(part, start=tuple(start), size=tuple(size)), (low - begin,))
+    region, place = found
+    left = row * columns + place[1].start
+    low, high = max(left, low), min(left + piece.size[1], high)
+    if low >= high:
+        return
+    dim = 0 if piece.transposed else 1
+    start, size = list(region.start), list(region.size)
+    start[dim], size[dim] = start[dim] + low - left, high - low
+    part = replace(region, start=tuple(start), size=tuple(size))
+    yield Placed(part, (0, 0), transposed=piece.transposed), (low - base, high - low)
 
 
 def padding_rows(region: Region, row: int, count: int) -> Iterator[Placed]:

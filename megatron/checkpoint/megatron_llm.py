@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from megatron.checkpoint.huggingface import MODEL_CONFIG, read_config
 from megatron.checkpoint.index import StoredPiece, StoredTensor, collect_index
 from megatron.checkpoint.layout import FileTensor
 from megatron.checkpoint.megatron_layout import Dialect, MegatronGrid, chunk_tensors
+from megatron.checkpoint.megatron_optimizer import distributed_state, find_optimizer_files, plain_state, updates_of
 from megatron.checkpoint.pickled import Instance, Name, TensorRef
-from megatron.checkpoint.strided import Entry
 from megatron.checkpoint.torch_file import TorchReader
 from megatron.checkpoint.torch_writer import nested
 from megatron.model.config import ModelConfig
@@ -75,8 +75,9 @@ def find_megatron(path: Path) -> MegatronFolder | None:
 
 def index_megatron(
     found: MegatronFolder,
-) -> tuple[dict[str, dict[str, StoredTensor]], list[str], dict[str, Any], dict[str, Any]]:
-    """Where every canonical tensor is, the weight files, `config.json`'s content, and the saved arguments.
+) -> tuple[dict[str, dict[str, StoredTensor]], list[str], dict[str, Any], dict[str, Any] | None]:
+    """Where every canonical tensor is, the weight files, `config.json`'s content, and the state of the run, where all
+    of it is there.
 
     Files are named relative to the checkpoint's folder. Raises CheckpointError for ranks that are damaged, disagree, or
     do not hold what the model has.
@@ -104,36 +105,64 @@ def index_megatron(
             raise CheckpointError(f"{found.folder} does not hold a model that is built here: {error}") from error
         padded = tensor * _vocabulary_rows(readers[0, 0])
         for place, reader in readers.items():
-            expected = rank_tensors(model, grid, place, padded, _Unknown(), dialect)
-            _check(reader, expected)
-            for item in expected:
-                pieces += _as_stored(item, reader.entries[item.key], names[place])
+            expected = rank_chunks(model, grid, place, padded, _Unknown(), dialect)
+            _check(reader, [item for chunk in expected for item in chunk])
+            chunks = [[_as_found(item, reader) for item in chunk] for chunk in expected]
+            pieces += [pair for chunk in chunks for item in chunk for pair in item.stored(names[place])]
+            pieces += _optimizer(found, place, reader, chunks)
     index, problems = collect_index(pieces)
     if problems:
         raise CheckpointError(f"The ranks in {found.folder} do not make whole tensors: {'; '.join(problems[:5])}.")
-    return index, sorted(names.values()), config, arguments
+    return index, sorted(names.values()), config, _run_state(first, arguments) if "exp_avg" in index else None
 
 
-def rank_tensors(
+def _as_found(item: FileTensor, reader: TorchReader) -> FileTensor:
+    return replace(item, dtype=reader.entries[item.key].dtype)
+
+
+def _optimizer(
+    found: MegatronFolder, place: tuple[int, int], reader: TorchReader, chunks: Sequence[Sequence[FileTensor]]
+) -> list[tuple[str, StoredPiece]]:
+    """The optimizer state of one rank, wherever it is; nothing where there is none."""
+    path = found.files[place]
+    files = find_optimizer_files(found.folder, path.parent.name) if path.name != MODEL_FILES[0] else []
+    if not files:
+        return list(plain_state(reader, str(path.relative_to(found.folder)), chunks))
+    with ExitStack() as stack:
+        readers = [stack.enter_context(TorchReader(file)) for file in files]
+        return list(distributed_state(readers, [str(file.relative_to(found.folder)) for file in files], chunks))
+
+
+def _run_state(reader: TorchReader, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How far the run was, as a trainer here keeps it; None where the checkpoint does not say."""
+    step, samples = arguments.get("iteration"), arguments.get("consumed_train_samples")
+    if type(step) is not int or type(samples) is not int:
+        return None
+    length = arguments.get("seq_length") or 0
+    updates = updates_of(reader.content)
+    return {
+        "step": step,
+        "consumed_samples": samples,
+        "consumed_tokens": samples * int(length),
+        "updates": step if updates is None else updates,
+    }
+
+
+def rank_chunks(
     model: ModelConfig,
     grid: MegatronGrid,
     place: tuple[int, int],
     padded: int,
     dtypes: Mapping[str, torch.dtype],
     dialect: Dialect,
-) -> list[FileTensor]:
-    """All tensors of the file of one (tensor rank, stage)."""
+) -> list[list[FileTensor]]:
+    """The tensors of each model chunk in the file of one (tensor rank, stage)."""
     return [
-        item
-        for chunk in range(grid.virtual)
-        for item in chunk_tensors(
+        chunk_tensors(
             model, grid, rank=place[0], stage=place[1], chunk=chunk, padded=padded, dtypes=dtypes, dialect=dialect
         )
+        for chunk in range(grid.virtual)
     ]
-
-
-def _as_stored(item: FileTensor, entry: Entry, file: str) -> Iterator[tuple[str, StoredPiece]]:
-    return FileTensor(item.key, item.shape, entry.dtype, item.pieces).stored(file)
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
@@ -337,7 +366,7 @@ def megatron_files(
         for rank in range(grid.tensor):
             ending = f"_{stage:03d}" if grid.pipeline > 1 else ""
             name = f"release/mp_rank_{rank:02d}{ending}/{MODEL_FILES[0]}"
-            files[name] = rank_tensors(config, grid, (rank, stage), padded, dtypes, "trainer")
+            (files[name],) = rank_chunks(config, grid, (rank, stage), padded, dtypes, "trainer")
     return files
 
 

@@ -68,7 +68,11 @@ class SafetensorsReader:
         `out` has the rectangle's shape and may be strided or on another device. Slices are `begin:end` or
         `begin:end:step`.
         """
-        read_entry(self._descriptor, self.path, self.entries[name], slices, out)
+        self.read_entry(self.entries[name], slices, out)
+
+    def read_entry(self, entry: Entry, slices: Sequence[slice] | None, out: torch.Tensor) -> None:
+        """The same for an entry that may see a stored tensor in another shape."""
+        read_entry(self._descriptor, self.path, entry, slices, out)
 
     def close(self) -> None:
         if self._descriptor >= 0:

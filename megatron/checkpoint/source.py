@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -63,7 +64,7 @@ class Reader(Protocol):
     @property
     def entries(self) -> Mapping[str, Entry]: ...
 
-    def read(self, name: str, slices: Sequence[slice] | None, out: torch.Tensor) -> None: ...
+    def read_entry(self, entry: Entry, slices: Sequence[slice] | None, out: torch.Tensor) -> None: ...
 
     def close(self) -> None: ...
 
@@ -71,6 +72,14 @@ class Reader(Protocol):
 def open_file(path: Path) -> Reader:
     """Open a file of tensors of whichever kind its name tells; raises CheckpointError."""
     return TorchReader(path) if path.suffix in SUFFIXES else SafetensorsReader(path)
+
+
+def _seen(piece: StoredPiece, entry: Entry) -> Entry:
+    """A stored tensor as a piece sees it."""
+    if piece.matrix is None:
+        return entry
+    offset = entry.offset + piece.matrix[0] * entry.dtype.itemsize
+    return replace(entry, shape=piece.seen(entry.shape), offset=offset, strides=None)
 
 
 class Source:
@@ -139,7 +148,8 @@ class Source:
                 if common is not None:
                     reader = self._reader(piece)
                     view = out[common.within(region)]
-                    reader.read(piece.key, piece.slices(common), view.t() if piece.transposed else view)
+                    entry = _seen(piece, reader.entries[piece.key])
+                    reader.read_entry(entry, piece.slices(common), view.t() if piece.transposed else view)
                     found += common.numel
         assert found == region.numel, (region, found)  # the index has only tensors that their pieces fill exactly
 
@@ -212,9 +222,15 @@ def open_source(path: str | Path) -> Source:
         return Source(folder, {"weights": tensors}, weight_files, format="meta", model_config=config)
     found = find_megatron(folder)
     if found is not None:
-        index, weight_files, config, _ = index_megatron(found)
+        index, weight_files, config, state = index_megatron(found)
         return Source(
-            found.folder, index, weight_files, format="megatron-llm", model_config=config, tokenizer_folder=found.root
+            found.folder,
+            index,
+            weight_files,
+            format="megatron-llm",
+            model_config=config,
+            state=state,
+            tokenizer_folder=found.root,
         )
     if read_pointer(folder) is not None or any(step_of(child.name) is not None for child in folder.iterdir()):
         newest = newest_checkpoint(folder)

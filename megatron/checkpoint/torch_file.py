@@ -51,7 +51,11 @@ class TorchReader:
 
     def read(self, name: str, slices: Sequence[slice] | None, out: torch.Tensor) -> None:
         """Fill `out` with the rectangle `slices` (None: everything) of a tensor, cast to the dtype of `out`."""
-        read_entry(self._descriptor, self.path, self.entries[name], slices, out)
+        self.read_entry(self.entries[name], slices, out)
+
+    def read_entry(self, entry: Entry, slices: Sequence[slice] | None, out: torch.Tensor) -> None:
+        """The same for an entry that may see a stored tensor in another shape."""
+        read_entry(self._descriptor, self.path, entry, slices, out)
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -9,7 +9,6 @@ plan` says (docs/planner.md).
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,7 +84,8 @@ def main() -> None:
         for layout in LAYOUTS:
             points = [(gpus, speed) for gpus, speed, fits in curve(layout, weak) if fits]
             curves[layout.name, weak] = points
-            print(f"  {layout.name}: {last_that_pays(points)}")
+            last = last_that_pays(points)
+            print(f"  {layout.name}: " + ("does not fit" if last is None else f"pays up to {last:,} GPUs"))
             for gpus, speed in points:
                 print(f"    {gpus:>6} GPUs  {speed / gpus:>8,.0f} tokens/s a GPU")
             sys.stdout.flush()
@@ -93,32 +93,36 @@ def main() -> None:
         draw(curves, arguments.picture)
 
 
-def last_that_pays(points: list[tuple[int, float]]) -> str:
-    """Up to which size a layout is worth its GPUs."""
-    if not points:
-        return "does not fit at any size"
-    paying = points[0][0]
-    for (gpus, speed), (more, faster) in itertools.pairwise(points):
-        if faster / speed < LEAST_GAIN * (more / gpus) / 2:
-            break
-        paying = more
-    return f"pays up to {paying} GPUs"
+def last_that_pays(points: list[tuple[int, float]]) -> int | None:
+    """Up to how many GPUs a layout is worth them; None where it does not fit."""
+    paying = None
+    for number, (gpus, speed) in enumerate(points):
+        if number:
+            before, slower = points[number - 1]
+            if speed / slower < LEAST_GAIN * (gpus / before) / 2:
+                break
+        paying = gpus
+    return paying
 
 
 def draw(curves: dict[tuple[str, bool], list[tuple[int, float]]], path: Path) -> None:
-    """Tokens/s of a GPU over their number, strong scaling beside weak."""
+    """Tokens/s of a GPU over their number, strong scaling beside weak; a ring where a layout stops paying."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for (name, weak), points in curves.items():
-        if points:
-            axes = right if weak else left
-            axes.plot([gpus for gpus, _ in points], [speed / gpus for gpus, speed in points], marker="o", label=name)
+        axes, last = right if weak else left, last_that_pays(points)
+        if last is None:
+            continue
+        (line,) = axes.plot(
+            [gpus for gpus, _ in points], [speed / gpus for gpus, speed in points], marker=".", label=name
+        )
+        axes.plot(last, dict(points)[last] / last, marker="o", markersize=11, fillstyle="none", color=line.get_color())
     for axes, title in ((left, f"strong: {STRONG_BATCH} sequences a step"), (right, "weak: 2 sequences a GPU")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES], rotation=45)
-        axes.set_title(f"Llama-2-70B, planned, {title}")
+        axes.set_title(f"Llama-2-70B, planned, {title} (ring: pays up to there)", fontsize=9)
         axes.set_xlabel("A100 80 GB")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

@@ -108,13 +108,16 @@ def copy(source: Path, destination: Path) -> float:
     subprocess.run(["cp", "-r", "--reflink=never", source, destination], check=True)
     files = [path for path in destination.rglob("*") if path.is_file()]
     subprocess.run(["sync", *files], check=True)
-    return time.monotonic() - began
+    seconds = time.monotonic() - began
+    print(f"cp: {seconds:.1f} s", file=sys.stderr, flush=True)
+    return seconds
 
 
 def measure(case: Case, source: Path, destination: Path) -> None:
     """Convert once in a process of its own."""
     command = [sys.executable, "-c", _CHILD, str(source), str(destination), json.dumps(case.options)]
     seconds, memory_bytes = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    print(f"{case.name}: {seconds:.1f} s", file=sys.stderr, flush=True)
     case.seconds.append(seconds)
     case.memory_bytes.append(memory_bytes)
 

@@ -66,7 +66,7 @@ def table(description: dict[str, Any]) -> list[tuple[str, str]]:
         ("folder", description["folder"]),
         ("format", _FORMAT_NAMES[description["format"]]),
         ("steps there", ", ".join(map(str, description["steps_in_save_folder"]))),
-        ("step", str(description["step"]) if native else ""),
+        ("step", str(description["step"]) if native or description["step"] else ""),
         ("consumed tokens", _count(description["consumed_tokens"])),
         ("consumed samples", _count(description["consumed_samples"])),
         ("saved with", ", ".join(f"{name} {value}" for name, value in grid.items() if value is not None)),

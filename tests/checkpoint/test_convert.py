@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -323,6 +325,42 @@ def test_an_interrupted_conversion_goes_on_to_the_same_result(model: Path, tmp_p
     for path, written_ns in done.items():
         assert (tmp_path / "out" / path.relative_to(partial)).stat().st_mtime_ns == written_ns
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("to", ["native", "megatron-llm", "huggingface"])
+def test_a_killed_conversion_leaves_no_destination_and_goes_on(model: Path, tmp_path: Path, to) -> None:
+    grid = {} if to == "huggingface" else {"tensor": 2, "pipeline": 3}
+    convert(model, tmp_path / "once", to=to, **grid)
+
+    def die(what: str, done: int, total: int) -> None:
+        if done > total // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        try:
+            convert(model, tmp_path / "out", to=to, progress=die, **grid)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and list(tmp_path.glob("out.*.partial"))
+    convert(model, tmp_path / "out", to=to, **grid)
+    files = {path.relative_to(tmp_path / "once"): path for path in (tmp_path / "once").rglob("*") if path.is_file()}
+    assert files.keys() == {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert all((tmp_path / "out" / name).read_bytes() == path.read_bytes() for name, path in files.items())
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("to", ["native", "megatron-llm", "meta", "huggingface"])
+def test_a_file_system_that_refuses_leaves_nothing(model: Path, tmp_path: Path, to) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # less than the weights
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written \(File too large\)"):
+            convert(model, tmp_path / "out", to=to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_was_begun_for_another_source_is_not_gone_on_with(model: Path, tmp_path: Path, monkeypatch) -> None:

@@ -65,16 +65,21 @@ def _compiled_is_faster(query: torch.Tensor) -> bool:
 
 
 def ranged_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: torch.Tensor, stop: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query [b, heads, s, d]; key and value [b, kv heads, t, d]; start and stop i32[b, s], 0 ≤ both ≤ t: query i of
-    sample b attends to the keys start[b, i] … stop[b, i] − 1.
+    sample b attends to the keys start[b, i] … stop[b, i] − 1, with a window to the last so many of them.
 
     The mixed values lie in memory as [s, b, heads, d], so that joining the heads of a position moves nothing.
     Returns the mixed values [b, heads, s, d] and the log-sum-exp of the scaled scores [b, heads, s] in
     max(float32, dtype). A query without keys gets 0 and minus infinity. No gradient flows through the log-sum-exp.
     """
-    return _ATTENTION(query, key, value, start, stop)
+    return _ATTENTION(query, key, value, start, stop, window)
 
 
 def ranged_attention_backward(
@@ -86,21 +91,27 @@ def ranged_attention_backward(
     log_sum_exp: torch.Tensor,
     start: torch.Tensor,
     stop: torch.Tensor,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value from that of the mixed values.
 
     `mixed` and `log_sum_exp` may be those over more keys than are given: then the gradients are the parts that these
     keys contribute.
     """
-    return _ATTENTION_BACKWARD(grad, query, key, value, mixed, log_sum_exp, start, stop)
+    return _ATTENTION_BACKWARD(grad, query, key, value, mixed, log_sum_exp, start, stop, window)
 
 
 def ranged_attention_reference(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: Bound = None, stop: Bound = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    start: Bound = None,
+    stop: Bound = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula itself, a block of queries at a time. Without start and stop: causal."""
     mixed, log_sum_exp = _fake(query, key, value)
-    for block, keys, scores in _scores(query, key, start, stop):
+    for block, keys, scores in _scores(query, key, _narrowed(start, stop, window), stop):
         total = scores.logsumexp(dim=-1)
         log_sum_exp[:, :, block] = total
         probabilities = _probabilities(scores, total)
@@ -117,6 +128,7 @@ def ranged_attention_backward_reference(
     log_sum_exp: torch.Tensor,
     start: Bound = None,
     stop: Bound = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dV = Pᵀ dO; dS = P ∘ (dO Vᵀ − Σ dO ∘ O); dQ = dS K, dK = dSᵀ Q, both by the scale (Dao et al., 2022)."""
     dtype, scale = statistics_dtype(query.dtype), 1.0 / math.sqrt(query.shape[-1])
@@ -124,7 +136,7 @@ def ranged_attention_backward_reference(
     keys_of, values_of = _per_query_head(key, query), _per_query_head(value, query)
     grad_query, grad_key, grad_value = (torch.zeros_like(wide) for wide in (wide_query, keys_of, values_of))
     dot = (grad * mixed).sum(dim=-1, keepdim=True)
-    for block, keys, scores in _scores(query, key, start, stop):
+    for block, keys, scores in _scores(query, key, _narrowed(start, stop, window), stop):
         probabilities = _probabilities(scores, log_sum_exp[:, :, block])
         grad_value[:, :, keys] += probabilities.transpose(-1, -2) @ grad[:, :, block]
         grad_scores = grad[:, :, block] @ values_of[:, :, keys].transpose(-1, -2)
@@ -165,21 +177,27 @@ def _per_query_head(keys: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return keys.to(statistics_dtype(query.dtype)).repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
 
 
-def _fake(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: Bound = None, stop: Bound = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _narrowed(start: Bound, stop: Bound, window: int | None) -> Bound:
+    """The first key of each query within its window."""
+    if window is None:
+        return start
+    assert start is not None and stop is not None
+    return torch.maximum(start, stop - window)
+
+
+def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, queries, d = query.shape
     mixed = query.new_empty((queries, batch, heads, d)).permute(1, 2, 0, 3)
     return mixed, query.new_empty((batch, heads, queries), dtype=statistics_dtype(query.dtype))
 
 
 def _native(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: Bound, stop: Bound
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: Bound, stop: Bound, window: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     if query.device.type != "cpu":
         return None
     mixed, log_sum_exp = _fake(query, key, value)
-    inputs = (*_contiguous(query, key, value), *_bounds(start, stop))
+    inputs = (*_contiguous(query, key, value), *_bounds(_narrowed(start, stop, window), stop))
     done = _FORWARD(query, *inputs, mixed, log_sum_exp, *_sizes(query, key))
     return (mixed, log_sum_exp) if done else None
 
@@ -193,6 +211,7 @@ def _native_backward(
     log_sum_exp: torch.Tensor,
     start: Bound,
     stop: Bound,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     if query.device.type != "cpu":
         return None
@@ -204,7 +223,8 @@ def _native_backward(
     grad_query = query.new_empty(query.shape, dtype=dtype)
     grad_key, grad_value = (key.new_empty((*key.shape[:-1], row), dtype=statistics_dtype(dtype)) for _ in (key, value))
     upstream, mixed, log_sum_exp = (*outputs, log_sum_exp.contiguous())
-    words = (upstream, *inputs, mixed, log_sum_exp, *_bounds(start, stop), grad_query, grad_key, grad_value)
+    bounds = _bounds(_narrowed(start, stop, window), stop)
+    words = (upstream, *inputs, mixed, log_sum_exp, *bounds, grad_query, grad_key, grad_value)
     if not _BACKWARD(grad_query, *words, *_sizes(query, key), row):
         return None
     grad_key, grad_value = (each[..., :d].to(key.dtype).contiguous() for each in (grad_key, grad_value))
@@ -228,27 +248,28 @@ def _sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, ...]:
 
 
 _ATTENTION = define(
-    "ranged_attention(Tensor query, Tensor key, Tensor value, Tensor? start, Tensor? stop) -> (Tensor, Tensor)",
+    "ranged_attention(Tensor query, Tensor key, Tensor value, Tensor? start, Tensor? stop, int? window=None)"
+    " -> (Tensor, Tensor)",
     reference=ranged_attention_reference,
     native=_native,
     fake=_fake,
 )
 _ATTENTION_BACKWARD = define(
     "ranged_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor mixed, Tensor log_sum_exp,"
-    " Tensor? start, Tensor? stop) -> (Tensor, Tensor, Tensor)",
+    " Tensor? start, Tensor? stop, int? window=None) -> (Tensor, Tensor, Tensor)",
     reference=ranged_attention_backward_reference,
     native=_native_backward,
     fake=lambda grad, query, key, value, *_: tuple(t.new_empty(t.shape) for t in (query, key, value)),
 )
 
 
-def _keep(ctx: Any, inputs: tuple[Bound, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, start, stop = inputs
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, start, stop, ctx.window = inputs
     ctx.save_for_backward(query, key, value, *output, start, stop)
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return (*_ATTENTION_BACKWARD(grad, *ctx.saved_tensors), None, None)
+    return (*_ATTENTION_BACKWARD(grad, *ctx.saved_tensors, ctx.window), None, None, None)
 
 
 define_backward("ranged_attention", _backward, _keep)

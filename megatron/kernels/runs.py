@@ -43,11 +43,6 @@ class Runs:
     causal: bool
     window: int | None = None
 
-    @property
-    def first(self) -> torch.Tensor:
-        """The first key of each query, i32[b, s]."""
-        return self.start if self.window is None else torch.maximum(self.start, self.stop - self.window)
-
     def of(self, queries: slice) -> Runs:
         """The runs of some of the queries."""
         return replace(self, start=self.start[:, queries], stop=self.stop[:, queries])
@@ -62,7 +57,7 @@ def run_attention(
         return varlen_attention(
             query, key, value, runs.start, runs.stop, runs.documents, runs.causal, window=runs.window
         )
-    return ranged_attention(query, key, value, runs.first, runs.stop)
+    return ranged_attention(query, key, value, runs.start, runs.stop, runs.window)
 
 
 def run_attention_backward(
@@ -89,7 +84,7 @@ def run_attention_backward(
             runs.causal,
             window=runs.window,
         )
-    return ranged_attention_backward(grad, query, key, value, mixed, log_sum_exp, runs.first, runs.stop)
+    return ranged_attention_backward(grad, query, key, value, mixed, log_sum_exp, runs.start, runs.stop, runs.window)
 
 
 def whole_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: Runs) -> torch.Tensor:

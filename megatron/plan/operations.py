@@ -70,12 +70,14 @@ def _product(name: str, args: Any) -> tuple[int, int, int, int] | None:
 
 def _causal_products(count: float) -> Callable[..., float]:
     """FLOPs of `count` products of an attention whose queries see half of the keys: causal, and so is the mean over the
-    parts of a sequence that is split over ranks in a balanced way. What documents and windows leave out is not counted
-    off."""
+    parts of a sequence that is split over ranks in a balanced way. A window leaves a band of that; documents, which see
+    less as well, are not counted off."""
 
-    def flops(query: torch.Tensor, key: torch.Tensor, *_: Any) -> float:
-        batch, heads, queries, d = query.shape
-        return count * batch * heads * queries * key.shape[2] * d
+    def flops(query: torch.Tensor, key: torch.Tensor, *others: Any) -> float:
+        (batch, heads, queries, d), keys = query.shape, key.shape[2]
+        window = next((other for other in others if isinstance(other, int)), keys)
+        seen = window - window**2 / (2.0 * keys) if window < keys else keys / 2.0
+        return count * 2.0 * batch * heads * queries * seen * d
 
     return flops
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.check import check_weights
+from megatron.checkpoint.huggingface import MODEL_CONFIG, read_config
 from megatron.checkpoint.manager import newest_checkpoint, warn_ignored
-from megatron.checkpoint.native import step_of
+from megatron.checkpoint.native import MANIFEST, step_of
 from megatron.checkpoint.source import Source, open_source
 from megatron.config.model import ModelSettings
 from megatron.config.run import RunConfig
@@ -21,6 +22,8 @@ from megatron.parallel.world import World
 from megatron.train.verify import describe_damage, find_damage, refuse_damage
 from megatron.utils.errors import CheckpointError, ConfigError
 from megatron.utils.units import format_count
+
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class Origin:
 def describe_model(config: RunConfig) -> tuple[ModelConfig, str]:
     """The model that a configuration speaks of, and what to call it, without reading weights.
 
-    Where `model.init_from` names no folder here, what `model.*` states is enough. Raises ConfigError as `find_origin`.
+    Of a Hugging Face model its `config.json` is enough; where `model.init_from` names no folder here, what `model.*`
+    states. Raises ConfigError as `find_origin`.
     """
     path = config.checkpoint.load or config.model.init_from
     if path is not None and Path(path).exists():
-        with open_source(path) as source:
-            return ModelConfig.from_huggingface(source.model_config), Path(path).name
+        return ModelConfig.from_huggingface(_model_config(Path(path))), Path(path).name
     model = _from_settings(config.model).model
     return model, f"a model of {format_count(model.num_parameters)} parameters"
 
@@ -61,8 +64,16 @@ def shrunk_model(config: RunConfig) -> ModelConfig:
     path = config.checkpoint.load or config.model.init_from
     if path is None or not Path(path).exists():
         return _from_settings(config.model).model
-    with open_source(path) as source:
-        return ModelConfig.from_huggingface({**source.model_config, **_stated(config.model)})
+    return ModelConfig.from_huggingface({**_model_config(Path(path)), **_stated(config.model)})
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    """The content of `config.json` of a model or checkpoint, or of a folder that holds nothing else of a model."""
+    alone = (folder / MODEL_CONFIG).is_file() and not (folder / MANIFEST).exists()
+    if alone and not any(child.is_dir() or child.suffix in _WEIGHTS for child in folder.iterdir()):
+        return read_config(folder)
+    with open_source(folder) as source:
+        return source.model_config
 
 
 def find_origin(config: RunConfig, world: World) -> Origin:

@@ -66,13 +66,13 @@ def test_segments_mean_what_the_runs_do(size: int, seed: int) -> None:
         shapes = [(BATCH, HEADS, queries, SIZE), *2 * [(BATCH, KV, keys, SIZE)], (BATCH, HEADS, queries, SIZE)]
         query, key, value, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
         arguments: tuple[Any, ...] = (runs.start, runs.stop, runs.documents, runs.causal)
-        theirs = ranged_attention(query, key, value, runs.first, runs.stop)
+        theirs = ranged_attention(query, key, value, runs.start, runs.stop, runs.window)
         found = varlen_attention(query, key, value, *arguments, forward=flash_forward, window=runs.window)
         for our, their in zip(found, theirs, strict=True):
             torch.testing.assert_close(our, their, msg=lambda text, name=name: f"{name}: {text}")
         # Backward with the result over some more keys, as in a ring: then no log-sum-exp is infinite.
         mixed, total = theirs[0] + 0.1, theirs[1].logaddexp(torch.tensor(0.3, dtype=torch.float64))
-        expected = ranged_attention_backward(grad, query, key, value, mixed, total, runs.first, runs.stop)
+        expected = ranged_attention_backward(grad, query, key, value, mixed, total, runs.start, runs.stop, runs.window)
         found = varlen_attention_backward(
             grad, query, key, value, mixed, total, *arguments, backward=flash_backward, window=runs.window
         )

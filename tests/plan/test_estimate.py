@@ -52,6 +52,17 @@ def test_few_recorded_micro_batches_give_what_all_of_them_give(
     assert sorted(map(str, few.traffic)) == sorted(map(str, everything.traffic))
 
 
+def test_a_window_leaves_a_band_of_attention() -> None:
+    """The FLOPs of the program, per token, lose what lies outside of it; memory stays about as it was."""
+    length, window = LAYERS.max_position_embeddings, 16
+    whole, narrow = plan(config(), 1), plan(config(), 1, dataclasses.replace(LAYERS, sliding_window=window))
+    lost = length / 2 - (window - window**2 / (2 * length))  # keys that a query does not see, on average
+    products = 4.0 * LAYERS.num_attention_heads * LAYERS.head_dim * lost * LAYERS.num_hidden_layers
+    # forward two products, backward five for their gradients
+    assert whole.hardware_flops - narrow.hardware_flops == pytest.approx(products * (1 + 2.5), rel=1e-9)
+    assert narrow.stages[0].peak_bytes == pytest.approx(whole.stages[0].peak_bytes, rel=0.01)
+
+
 def test_flops_of_the_program_are_the_models() -> None:
     """Without recomputation: products forward and backward, and attention's backward has five products for two."""
     result = plan(config(), 1)

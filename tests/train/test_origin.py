@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron.checkpoint.source import open_source
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.model import ModelSettings
 from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
 from megatron.parallel.world import World
-from megatron.train.origin import find_origin
+from megatron.train.origin import describe_model, find_origin, shrunk_model
 from megatron.utils.errors import CheckpointError, ConfigError
 
 from .conftest import MODEL
@@ -64,3 +66,19 @@ def test_a_damaged_shape_is_named(world: World, huggingface_folder: Callable[...
     (folder / "config.json").write_text(config.replace('"intermediate_size": 40', '"intermediate_size": 48'))
     with pytest.raises(CheckpointError, match=r"gate_proj|mlp"):
         find_origin(RunConfig(model=ModelSettings(init_from=str(folder))), world)
+
+
+def test_a_model_is_described_by_its_config_alone(tmp_path: Path) -> None:
+    """Any family can be planned without its weights; to train from such a folder is an error."""
+    content = {"model_type": "mistral", "sliding_window": 8, "num_key_value_heads": 2, "vocab_size": 64}
+    content |= {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = RunConfig(model=ModelSettings(init_from=str(tmp_path)))
+    assert describe_model(config)[0] == shrunk_model(config) == ModelConfig.from_huggingface(content)
+    shrunk = shrunk_model(RunConfig(model=ModelSettings(init_from=str(tmp_path), num_hidden_layers=1)))
+    assert (shrunk.num_hidden_layers, shrunk.sliding_window) == (1, 8)
+    with pytest.raises(CheckpointError, match="neither a model nor a checkpoint"):
+        open_source(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        describe_model(config)

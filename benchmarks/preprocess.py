@@ -68,13 +68,14 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
     machine = describe_machine(arguments.cores)
     print(machine)
-    with tempfile.TemporaryDirectory(prefix="preprocess-", dir=arguments.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix="preprocess-", dir=arguments.folder) as temporary:
+        folder = Path(temporary).resolve()  # contestants run in it: datatrove leaves logs where it is started
         wanted = arguments.megabytes * 10**6 if not arguments.quick else 10**6
-        text_bytes = {name: write_corpus(Path(folder) / name, size, arguments.input) for name, size in (
+        text_bytes = {name: write_corpus(folder / name, size, arguments.input) for name, size in (
             ("whole.jsonl", wanted), ("small.jsonl", wanted // _SMALL)
         )}  # fmt: skip
         print(f"{text_bytes['whole.jsonl'] / 1e6:.1f} MB of text, {arguments.tokenizer.name}", flush=True)
-        lanes = measure(Path(folder), arguments)
+        lanes = measure(folder, arguments)
     print("\n".join(table(lanes, text_bytes)))
     if arguments.json is not None:
         figures = {"machine": machine, "cores": arguments.cores, "text_bytes": text_bytes}
@@ -149,7 +150,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[Lane]:
         for lane in lanes[number % len(lanes) :] + lanes[: number % len(lanes)]:
             for corpus in ("whole", "small") if lane.name not in _RAW else ("whole",):
                 if lane.failure is None:
-                    job = {"corpus": str(folder / f"{corpus}.jsonl"), "tokenizer": str(arguments.tokenizer)}
+                    job = {"corpus": str(folder / f"{corpus}.jsonl"), "tokenizer": str(arguments.tokenizer.resolve())}
                     job |= {"cores": arguments.cores, "folder": str(folder), "form": form}
                     turn(lane, corpus, job, folder)
         print(f"round {number + 1} of {arguments.rounds} done", flush=True)
@@ -175,7 +176,7 @@ def turn(lane: Lane, corpus: str, job: dict[str, Any], folder: Path) -> None:
     begin = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment, cwd=folder)
         try:
             while process.poll() is None:
                 lane.peak_bytes = max(lane.peak_bytes, resident_bytes_of_tree(process.pid))

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 HELP = "tokenize JSON lines or parquet into .bin/.idx pairs"
 
 _TERMINATED = 128 + signal.SIGTERM
+_MESSAGES_KEY = "messages"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
     parser.add_argument(
-        "--input", nargs="+", required=True, type=Path, metavar="F",
+        "--input", nargs="+", required=True, metavar="F",
         help="files of JSON lines (plain, .gz, .zst, .bz2, .xz) or parquet, folders or patterns of them, read in this "
         "order; - is standard input",
     )  # fmt: skip
@@ -77,9 +78,7 @@ def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-template", metavar="FILE|megatron-llm",
         help="a Jinja template, or Megatron-LLM's (default: the one beside the tokenizer)",
     )  # fmt: skip
-    parser.add_argument(
-        "--messages-key", default="messages", metavar="K", help="the key of the messages (default: messages)"
-    )
+    parser.add_argument("--messages-key", metavar="K", help=f"the key of the messages (default: {_MESSAGES_KEY})")
     parser.add_argument("--question-key", metavar="K", help="instead of messages, the key of a question")
     parser.add_argument("--answer-key", metavar="K", help="the key of its answer")
     parser.add_argument("--system-key", metavar="K", help="the key of a text of the system's, if any")
@@ -91,10 +90,12 @@ def _chat(arguments: argparse.Namespace) -> ChatEncoding | None:
     from megatron.data.instruction.encode import ChatEncoding
     from megatron.utils.errors import ConfigError
 
-    question, answer, system = arguments.question_key, arguments.answer_key, arguments.system_key
+    messages, question, answer, system = (
+        arguments.messages_key, arguments.question_key, arguments.answer_key, arguments.system_key
+    )  # fmt: skip
     if not arguments.chat:
-        given = {"chat-template": arguments.chat_template, "question-key": question, "answer-key": answer,
-                 "system-key": system}  # fmt: skip
+        given = {"chat-template": arguments.chat_template, "messages-key": messages, "question-key": question,
+                 "answer-key": answer, "system-key": system}  # fmt: skip
         if any(given.values()):
             raise ConfigError(f"--{next(name for name in given if given[name])} is for conversations: add --chat")
         return None
@@ -102,7 +103,9 @@ def _chat(arguments: argparse.Namespace) -> ChatEncoding | None:
         raise ConfigError("--json-keys with --chat: use --messages-key, or --question-key and --answer-key")
     if (question is None) != (answer is None) or (system is not None and question is None):
         raise ConfigError("--question-key and --answer-key go together (and --system-key with them): give both")
-    keys = Keys(arguments.messages_key) if question is None else Keys(None, question, answer, system)
+    if messages is not None and question is not None:
+        raise ConfigError("--messages-key and --question-key: a line holds either messages or a question; give one")
+    keys = Keys(messages or _MESSAGES_KEY) if question is None else Keys(None, question, answer, system)
     return ChatEncoding(keys, arguments.chat_template, arguments.special_tokens)
 
 

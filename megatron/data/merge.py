@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.indexed import IndexedReader, IndexedWriter, clean_prefix, pair_paths, require_pair
+from megatron.data.instruction.pair import holds_roles
 from megatron.data.provenance import Provenance, provenance_path, read_provenance, write_provenance
 from megatron.utils.errors import ConfigError, DataError, ResourceError
 from megatron.utils.files import ensure_writable_folder, sha256_file
@@ -38,8 +39,10 @@ def merge(inputs: Sequence[str | Path], output_prefix: str) -> str:
     prefixes = find_pairs(inputs)
     prefix = clean_prefix(output_prefix)
     bin_path = pair_paths(prefix)[0]
-    if not bin_path.stem or str(prefix).endswith("/"):
-        raise ConfigError(f"--output-prefix {output_prefix} is a folder; add the first part of a file name")
+    if not Path(prefix).name or str(prefix).endswith("/"):
+        raise ConfigError(
+            f"--output-prefix {output_prefix!r} is not the name of a pair; give one, as in {Path(prefix) / 'corpus'}"
+        )
     if any(pair_paths(other)[0].resolve() == bin_path.resolve() for other in prefixes):
         raise ConfigError(f"{prefix} is one of the pairs to merge; choose another --output-prefix or folder")
     pairs = [IndexedReader(other) for other in prefixes[:1]]
@@ -76,6 +79,8 @@ def find_pairs(inputs: Sequence[str | Path]) -> list[str]:
 
     Raises DataError for what is not there or lacks one of its two files.
     """
+    if "" in inputs:
+        raise DataError("--input: one of the names is empty; give prefixes, folders or patterns of pairs")
     found: list[str] = []
     for each in map(str, inputs):
         if Path(each).is_dir():
@@ -97,6 +102,12 @@ def find_pairs(inputs: Sequence[str | Path]) -> list[str]:
 
 
 def _check_they_agree(prefixes: Sequence[str], provenances: Sequence[Provenance | None]) -> None:
+    roles = [prefix for prefix in prefixes if holds_roles(prefix)]
+    if 0 < len(roles) < len(prefixes):
+        raise DataError(
+            f"{roles[0]} holds roles of conversations, and others tokens; merge those of each kind by themselves, by "
+            "patterns such as 'P.shard-*-text.idx' and 'P.shard-*-role.idx'"
+        )
     known = [(prefix, made) for prefix, made in zip(prefixes, provenances, strict=True) if made is not None]
     for what, of in _SHARED.items():
         for prefix, made in known[1:]:

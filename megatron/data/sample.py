@@ -38,9 +38,11 @@ def sample_documents(
     reader = IndexedReader(prefix)
     if documents < 1 or most_tokens < 1 or (first is not None and not 0 <= first < reader.num_documents):
         raise ConfigError(
-            f"--documents {documents}, --first {first}, --tokens {most_tokens}: {prefix} has {reader.num_documents:,} "
-            "documents, from 0; ask for one or more, and for a token or more of each"
+            f"--documents {documents}, --tokens {most_tokens}{'' if first is None else f', --first {first}'}: {prefix} "
+            f"has {reader.num_documents:,} documents, from 0; ask for one or more, and for a token or more of each"
         )
+    if seed < 0:
+        raise ConfigError(f"--seed {seed} is negative; use 0 or more")
     if first is None:
         some = min(documents, reader.num_documents)
         numbers = sorted(np.random.default_rng(seed).choice(reader.num_documents, some, replace=False).tolist())

@@ -62,3 +62,36 @@ def test_errors_are_one_line_and_exit_code_2(words: list[str], tmp_path: Path) -
     ]
     assert "in.jsonl, line 1: the value of 'body' is not text but a number" in process.stderr
     assert [path.name for path in (tmp_path / "new/folder").iterdir()] == ["p.quarantine.jsonl.partial"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "hint"),
+    [
+        ("--input", "", "one of the names is empty"),
+        ("--output-prefix", "", "is not the first part of a file name; give one, as in corpus"),
+        ("--output-prefix", "x" * 300, "File name too long"),
+        ("--messages-key", "talk", "--messages-key is for conversations: add --chat"),
+    ],
+)
+def test_names_that_cannot_be(
+    words: list[str], option: str, value: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)  # which holds a file of JSON lines: an empty name must not mean this folder
+    given = [*words, option, value]
+    assert main(given) == 2
+    assert hint in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.bin*"))
+
+
+def test_nothing_on_standard_input_is_called_that(words: list[str]) -> None:
+    words[words.index("--input") + 1] = "-"
+    process = subprocess.run(
+        [sys.executable, "-m", "megatron", *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 2
+    assert "no line of standard input has any tokens" in process.stderr

@@ -131,6 +131,7 @@ def test_bad_lines_are_kept_apart_with_their_reasons(
         (["--append-eod"], "--append-eod with --chat: a template says how"),
         (["--question-key", "q"], "--question-key and --answer-key go together"),
         (["--json-keys", "a"], "--json-keys with --chat"),
+        (["--messages-key", "m", "--question-key", "q", "--answer-key", "a"], "--messages-key and --question-key:"),
         (["--chat-template", "nowhere"], "nowhere cannot be read as a chat template"),
     ],
 )

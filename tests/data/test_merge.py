@@ -203,8 +203,11 @@ def test_what_cannot_be_one_pair_is_refused_and_leaves_what_was_there(
         merge([one, other], merged)
     with pytest.raises(ConfigError, match="is one of the pairs to merge"):
         merge([merged, one], merged)
-    with pytest.raises(ConfigError, match="is a folder"):
-        merge([one], f"{tmp_path}/")
+    for no_name in (f"{tmp_path}/", "", "."):
+        with pytest.raises(ConfigError, match="is not the name of a pair"):
+            merge([one], no_name)
+    with pytest.raises(DataError, match="one of the names is empty"):
+        merge([one, ""], merged)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -214,6 +217,21 @@ def test_what_cannot_be_one_pair_is_refused_and_leaves_what_was_there(
         merge([one, one], merged)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert IndexedReader(merged).read(0).tolist() == [9]
+
+
+def test_tokens_and_roles_of_conversations_do_not_get_into_one_pair(make_pair: MakePair, tmp_path: Path) -> None:
+    folder = tmp_path / "talks"
+    folder.mkdir()
+    names = [f"talks/{shard}-{kind}" for shard in "ab" for kind in ("text", "role")]
+    prefixes = [make_pair([[2, 1]], name=name) for name in names]
+    for mixed in ([str(folder)], prefixes[:2], [prefixes[0], prefixes[3]]):
+        with pytest.raises(DataError, match=r"[ab]-role holds roles"):
+            merge(mixed, str(tmp_path / "all"))
+    for kind in ("text", "role"):
+        merge([f"{folder}/*-{kind}.idx"], str(tmp_path / f"all-{kind}"))
+        assert len(IndexedReader(tmp_path / f"all-{kind}")) == 2
+    plain = make_pair([[3]], name="cast-role")  # a name like this is no pair of roles by itself
+    merge([plain, prefixes[0]], str(tmp_path / "plain"))
 
 
 def test_a_changed_byte_is_found(options: PreprocessOptions) -> None:

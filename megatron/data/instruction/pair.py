@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from megatron.data.indexed import IndexedReader, clean_prefix, dtype_for_vocabulary, pair_paths, require_pair
 from megatron.utils.errors import DataError
 
+_TEXT, _ROLE = "-text", "-role"
 _ROLE_VOCABULARY = 16  # Megatron-LLM's, from which the dtype of the roles follows
 
 
@@ -31,12 +32,12 @@ ROLE_DTYPE = dtype_for_vocabulary(_ROLE_VOCABULARY)
 
 def text_prefix(prefix: str) -> str:
     """The prefix of the pair of tokens."""
-    return f"{clean_prefix(prefix)}-text"
+    return clean_prefix(prefix) + _TEXT
 
 
 def role_prefix(prefix: str) -> str:
     """The prefix of the pair of roles."""
-    return f"{clean_prefix(prefix)}-role"
+    return clean_prefix(prefix) + _ROLE
 
 
 class ConversationPair:
@@ -79,6 +80,12 @@ class ConversationPair:
     def source(self, sequence: int) -> str:
         """Where a conversation is, in words for an error message."""
         return f"{self._text.bin_path} (sequence {sequence})"
+
+
+def holds_roles(prefix: str) -> bool:
+    """Whether a pair is that of the roles of conversations: its name says so, and that of their tokens is there too."""
+    clean = clean_prefix(prefix)
+    return clean.endswith(_ROLE) and pair_paths(clean.removesuffix(_ROLE) + _TEXT)[1].is_file()
 
 
 def require_no_conversations(prefix: str) -> None:

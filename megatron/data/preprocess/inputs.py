@@ -71,6 +71,8 @@ def find_sources(words: Sequence[str | Path]) -> list[Source]:
 
     Raises DataError for what is not there, ConfigError for a file named twice or a library that is missing.
     """
+    if "" in words:
+        raise ConfigError("--input: one of the names is empty; give files, folders or patterns of them")
     files, missing = [], []
     for word in words:
         found, problem = _expand(Path(word))

@@ -23,7 +23,7 @@ class PreprocessOptions:
     conversations. `restart` drops what an earlier run left to go on with.
     """
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[str | Path, ...]
     output_prefix: str
     tokenizer: Path
     workers: int = 1
@@ -81,8 +81,8 @@ class PreprocessOptions:
             )
         if not Path(self.output_prefix).name or self.output_prefix.endswith(("/", "/.")):
             raise ConfigError(
-                f"--output-prefix {self.output_prefix} is a folder; add the first part of a file name, "
-                f"as in {self.output_prefix.rstrip('/.')}/corpus"
+                f"--output-prefix {self.output_prefix!r} is not the first part of a file name; give one, as in "
+                f"{Path(self.output_prefix) / 'corpus'}"
             )
 
     def that_matter(self, tokenizer_fingerprint: str, eod_id: int | None) -> dict[str, Any]:

@@ -221,7 +221,7 @@ class _Run:
         for number, writer in enumerate(self._outputs.writers):
             if writer.num_documents == 0 and self._options.shard is None:
                 raise DataError(
-                    f"no line of {', '.join(map(str, self._options.inputs))} has any tokens under "
+                    f"no line of {', '.join(_name(Path(name)) for name in self._options.inputs)} has any tokens under "
                     f"{self._key_of(number)!r}; nothing was written"
                 )
         self._recorder.wait()  # it may be putting on the disk what is closed now

@@ -59,7 +59,11 @@ def explain_step(
 
     Raises ConfigError for what is not a rank or a step, or another order than the run's checkpoints have.
     """
-    count = processes or _processes_of(config)
+    count = _processes_of(config) if processes is None else processes
+    if count < 1:
+        raise ConfigError(f"--processes {count} is not a number of processes; use 1 or more")
+    if position is not None and position < 0:
+        raise ConfigError(f"--position {position} is negative; samples are counted from 0")
     if not 0 <= rank < count:
         raise ConfigError(f"there is no rank {rank} of {count} processes; use 0 to {count - 1}")
     plan = make_plan(config, model, count)

@@ -44,6 +44,7 @@ def test_documents_are_decoded_with_their_lines(prefix: str, shared: Path, capsy
     [
         (["--first", "4"], "has 4 documents, from 0"),
         (["--documents", "0"], "ask for one or more"),
+        (["--seed", "-1"], "--seed -1 is negative"),
         (["--data.train=x"], "takes no keys of the configuration"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
@@ -74,6 +75,20 @@ def test_a_step_is_traced_to_the_lines_of_the_text(prefix: str, capsys: pytest.C
             assert excerpt["line"] == LINES[excerpt["document"]]
     assert main(["dataset", "explain", *words]) == 0
     assert "in.jsonl line" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--step", "0", "--processes", "1"], "there is no step 0"),
+        (["--step", "1", "--processes", "0"], "--processes 0 is not a number of processes"),
+        (["--step", "1", "--processes", "1", "--position", "-5"], "--position -5 is negative"),
+        (["--step", "1", "--processes", "1", "--rank", "-1"], "there is no rank -1"),
+    ],
+)
+def test_what_cannot_be_explained(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dataset", "explain", "--config", "tiny", *words]) == 2
+    assert hint in capsys.readouterr().err
 
 
 def test_the_ledger_of_a_run(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:

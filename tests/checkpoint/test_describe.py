@@ -65,6 +65,10 @@ def test_a_save_folder(trained: Path, capsys) -> None:
         "query key value bias": "False",
         "attention output bias": "False",
         "mlp bias": "False",
+        "query key norm": "False",
+        "full attention layers": "()",
+        "partial rotary factor": "1.0",
+        "alibi": "False",
         "parameters": "7,152 (7.15 k)",
         "weights": "30 tensors in BF16",
         "weight files": "3, 14.0 KiB: weights-00000.safetensors … weights-00002.safetensors",
@@ -130,7 +134,8 @@ def test_token_files(shared: Path, capsys, ending: str) -> None:
     assert "1,361,845" in text and "1,000" in text
     assert main(["inspect", f"{prefix}{ending}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["documents"] == 1000
-    assert main(["inspect", f"{prefix}{ending}", "--verify"]) == 2
+    assert main(["inspect", f"{prefix}{ending}", "--verify"]) == 0
+    assert main(["inspect", f"{prefix}{ending}", "--tensors"]) == 2
 
 
 def test_what_is_nothing(tmp_path: Path, capsys) -> None:

@@ -33,6 +33,8 @@ def words_of_verb(words: Sequence[str]) -> list[str]:
     done = translate(flags, facts)
     if tokenizer is not None:
         done.notices += _compare_with_data(tokenizer, flags)
+    if facts.load is not None and facts.holds == "weights" and "finetune" not in flags and not facts.save_has_run:
+        done.notices.append(f"{facts.load} holds weights and no state of a run: training starts at step 0")
     for notice in done.notices:
         _logger.info("%s", notice)
     set_for_libraries(done.environment)
@@ -65,8 +67,6 @@ def _loaded(load: str, step: int | None) -> dict[str, Any]:
     with open_source(folder) as source:
         model = ModelConfig.from_huggingface(source.model_config)
         holds_run = bool(source.state) and source.has_optimizer
-        if source.format == "megatron-llm" and not holds_run:
-            _logger.info("%s: weights of Megatron-LLM, from which a new run starts at step 0", source.folder)
         return {
             "load": folder,
             "holds": "run" if holds_run else "weights",

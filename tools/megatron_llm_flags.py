@@ -15,7 +15,7 @@ from typing import NoReturn
 from megatron.__main__ import main as run_verb
 from megatron.config.megatron_llm.table import raise_problems, unknown_flag
 from megatron.tokenizer import gpt2, load_tokenizer, read_extra_tokens
-from megatron.utils.errors import ConfigError
+from megatron.utils.errors import ConfigError, MegatronError
 
 _SENTENCE_PIECE, _GPT2, _FALCON = "SentencePieceTokenizer", "GPT2BPETokenizer", "FalconTokenizer"
 _BERT = ("BertWordPieceLowerCase", "BertWordPieceCase")
@@ -34,14 +34,11 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """The flags of a command line. Raises ConfigError for what is unknown."""
-        arguments, unknown = self.parse_known_args([_as_underscores(word) for word in words])
-        names = [word.partition("=")[0].removeprefix("--") for word in unknown if word.startswith("--")]
-        if names:
-            known = {option.removeprefix("--") for option in self._option_string_actions}
-            raise_problems([unknown_flag(name, sorted(known)) for name in names])
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return arguments
+        spelled = [_as_underscores(word) for word in words]
+        names = [word.partition("=")[0].removeprefix("--") for word in spelled if word.startswith("--")]
+        known = {option.removeprefix("--") for option in self._option_string_actions}
+        raise_problems([unknown_flag(name, sorted(known)) for name in names if name not in known])
+        return self.parse_args(spelled)
 
 
 def _as_underscores(word: str) -> str:
@@ -52,12 +49,22 @@ def _as_underscores(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def run_tool(words_of_verb: Callable[[Sequence[str]], list[str]]) -> int:
+def run_tool(
+    words_of_verb: Callable[[Sequence[str]], list[str]], finish: Callable[[Sequence[str]], None] | None = None
+) -> int:
     """Run the `megatron` verb that the command line of this process means; the exit code.
 
-    `words_of_verb` makes its words of this tool's.
+    `words_of_verb` makes its words of this tool's; `finish` is given these after it went well.
     """
-    return run_verb(sys.argv[1:], words_of_verb)
+    code = run_verb(sys.argv[1:], words_of_verb)
+    if code or finish is None:
+        return code
+    try:
+        finish(sys.argv[1:])
+    except (MegatronError, OSError) as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        return 2
+    return 0
 
 
 def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:

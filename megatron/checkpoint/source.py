@@ -102,7 +102,8 @@ class Source:
         self.format: Format = format
         self.manifest = manifest  # None where it is no checkpoint of ours
         self.model_config = model_config
-        self.tokenizer_files: list[Path] = carried_files(tokenizer_folder or folder)
+        self.tokenizer_folder = tokenizer_folder or folder
+        self.tokenizer_files: list[Path] = carried_files(self.tokenizer_folder)
         self.run_config: dict[str, Any] | None = None if manifest is None else _read_run_config(folder / RUN_CONFIG)
         self.state = manifest.state if manifest is not None else state
         self._readers: OrderedDict[str, Reader] = OrderedDict()
@@ -220,6 +221,10 @@ def open_source(path: str | Path) -> Source:
     if is_meta(folder):
         tensors, weight_files, config = index_meta(folder)
         return Source(folder, {"weights": tensors}, weight_files, format="meta", model_config=config)
+    holds_steps = read_pointer(folder) is not None or any(step_of(child.name) is not None for child in folder.iterdir())
+    newest = newest_checkpoint(folder) if holds_steps else None
+    if newest is not None:  # before the release of Megatron-LLM's that the run may have begun with, in the same folder
+        return open_source(newest)
     found = find_megatron(folder)
     if found is not None:
         index, weight_files, config, state = index_megatron(found)
@@ -232,11 +237,8 @@ def open_source(path: str | Path) -> Source:
             state=state,
             tokenizer_folder=found.root,
         )
-    if read_pointer(folder) is not None or any(step_of(child.name) is not None for child in folder.iterdir()):
-        newest = newest_checkpoint(folder)
-        if newest is None:
-            raise CheckpointError(f"{folder} holds no whole checkpoint: every folder in it is incomplete.")
-        return open_source(newest)
+    if holds_steps:
+        raise CheckpointError(f"{folder} holds no whole checkpoint: every folder in it is incomplete.")
     raise CheckpointError(
         f"{folder} is neither a model nor a checkpoint: looked for {MANIFEST} (a checkpoint), step_… folders (a save "
         f"folder), {SINGLE} and {SHARD_INDEX} or {PICKLE} and {PICKLE_INDEX} (a Hugging Face model), {PARAMS} and "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megatron.checkpoint.convert import Conversion
     from megatron.checkpoint.source import Format
 
 HELP = "convert a model between Hugging Face's, Meta's, Megatron-LLM's and our own format"
@@ -32,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensor", type=int, metavar="N", help="cut the files for N tensor ranks (native ones load on any grid)"
     )
     parser.add_argument("--pipeline", type=int, metavar="N", help="and for N stages")
+    parser.add_argument(
+        "--verify",
+        metavar="DATA",
+        help="afterwards compare logits with transformers on a text file or a .bin/.idx pair; exit code 1 where they "
+        "differ",
+    )
+    parser.add_argument("--layers", action="store_true", help="with --verify: compare behind each layer as well")
     parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16", "fp64"), help="cast the weights (default: keep)")
 
 
@@ -63,4 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for part in done.left_out:
         print(f"Not carried over: {part}.")
-    return 0
+    return 0 if arguments.verify is None else _verify(done, arguments.verify, arguments.layers)
+
+
+def _verify(done: Conversion, data: str, layers: bool) -> int:
+    """Ours computes the one folder, transformers the other: that of its own format, else the source as it reads it."""
+    from megatron.verify.logits import Wish, agreement_line, agreements, verdict
+
+    pair = (done.source, done.destination) if done.format == "huggingface" else (done.destination, done.source)
+    found = list(agreements(*pair, Wish(data, layers=layers)))
+    if layers:
+        print("\n".join(agreement_line(number, agreement) for number, agreement in enumerate(found)))
+    print(verdict(found))
+    return 0 if all(agreement.holds for agreement in found) else 1

@@ -22,6 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance", type=float, metavar="X", help="let differences up to X, and other dtypes, count as equal"
     )
+    parser.add_argument(
+        "--logits",
+        metavar="DATA",
+        help="compare A's logits with what transformers computes of B, on a .bin/.idx pair or a text file",
+    )
+    parser.add_argument("--layers", action="store_true", help="with --logits: what is behind each layer as well")
+    parser.add_argument("--sequence-length", type=int, default=256, metavar="N", help="with --logits: tokens in a row")
+    parser.add_argument("--micro-batch", type=int, default=1, metavar="N", help="with --logits: rows at a time")
+    parser.add_argument("--batches", type=int, default=10, metavar="N", help="with --logits: how many times")
+    parser.add_argument("--device", default="cpu", help="with --logits: where transformers computes")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every tensor that differs")
 
 
@@ -31,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron.checkpoint.source import open_source
     from megatron.utils.progress import ProgressLine
 
+    if arguments.logits is not None:
+        return _compare_logits(arguments)
     line = ProgressLine()
     try:
         with open_source(arguments.first) as first, open_source(arguments.second) as second:
@@ -43,6 +55,25 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_table(found, different)
     return int(different)
+
+
+def _compare_logits(arguments: argparse.Namespace) -> int:
+    from megatron.verify.logits import Wish, agreement_line, agreements, verdict
+
+    wish = Wish(
+        arguments.logits,
+        arguments.sequence_length,
+        arguments.micro_batch,
+        arguments.batches,
+        arguments.device,
+        arguments.layers,
+    )
+    found = []
+    for number, agreement in enumerate(agreements(arguments.first, arguments.second, wish)):
+        found.append(agreement)
+        print(agreement_line(number, agreement))
+    print(verdict(found))
+    return 0 if all(agreement.holds for agreement in found) else 1
 
 
 def _as_json(found: Comparison) -> dict[str, Any]:

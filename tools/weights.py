@@ -1,0 +1,73 @@
+"""What the tools for weights share: finding models on the Hugging Face hub, and tokenizers to go with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron.checkpoint.source import open_source
+from megatron.model.config import ModelConfig
+from megatron.tokenizer import load_tokenizer
+from megatron.utils.errors import ConfigError
+from megatron.utils.files import write_atomically
+
+_WANTED = ("*.json", "*.model", "*.txt")
+
+
+def read_model(folder: str | Path) -> ModelConfig:
+    """The model that a folder of any format holds."""
+    with open_source(folder) as source:
+        return ModelConfig.from_huggingface(source.model_config)
+
+
+def find_on_hub(name: str, cache: str | None = None) -> str:
+    """The folder of a model of Hugging Face's hub, fetched where it is not in the cache yet.
+
+    Safetensors are taken where there are some. Raises ConfigError where it can be had neither here nor there.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return snapshot_download(
+            name, cache_dir=cache, local_files_only=True, allow_patterns=[*_WANTED, "*.safetensors"]
+        )
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        pass
+    try:
+        files = HfApi().list_repo_files(name)
+        weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "pytorch_model*.bin"
+        return snapshot_download(name, cache_dir=cache, allow_patterns=[*_WANTED, weights])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{name} is neither a folder here nor to be had from the Hugging Face hub ({reason}); name a folder"
+        ) from error
+
+
+def check_fits(path: Path, extra_tokens: Sequence[str], model: ModelConfig) -> None:
+    """Raise ConfigError for a tokenizer that has more tokens than the model."""
+    size = load_tokenizer(path, extra_tokens).vocab_size
+    if size > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {path} with {len(extra_tokens)} added tokens has {size} tokens, the model "
+            f"{model.vocab_size}: name the tokens that it was trained with"
+        )
+
+
+def write_tokenizer(folder: Path, path: Path, extra_tokens: Sequence[str], special: Mapping[str, str]) -> None:
+    """Put a tokenizer with its added tokens, and the names of special ones, into a folder."""
+    tokenizer = load_tokenizer(path, extra_tokens)
+    for file in tokenizer.files:
+        shutil.copyfile(file, folder / file.name)
+    added = {token: tokenizer.token_id(token) for token in tokenizer.added_tokens}
+    if added:
+        write_atomically(folder / "added_tokens.json", json.dumps(added, indent=2, ensure_ascii=False) + "\n")
+    unknown = [token for token in special.values() if tokenizer.token_id(token) is None]
+    if unknown:
+        raise ConfigError(f"--override_special_tokens names {', '.join(unknown)}, which {path} does not have")
+    if special:
+        names = {f"{name}_token": token for name, token in special.items()}
+        write_atomically(folder / "special_tokens_map.json", json.dumps(names, indent=2, ensure_ascii=False) + "\n")

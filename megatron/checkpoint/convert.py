@@ -27,6 +27,7 @@ from megatron.checkpoint.source import Format, Source, open_source
 from megatron.checkpoint.store import check_space
 from megatron.checkpoint.targets import Request, make_target
 from megatron.checkpoint.torch_file import SUFFIXES, is_damaged
+from megatron.checkpoint.vocabulary import ExtendedSource, Extension
 from megatron.model.config import ModelConfig
 from megatron.model.specs import canonical_shapes
 from megatron.utils.errors import CheckpointError, ConfigError
@@ -60,14 +61,15 @@ def convert(
     tensor: int | None = None,
     pipeline: int | None = None,
     dtype: torch.dtype | None = None,
+    extension: Extension | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Conversion:
     """Write the model at `source_path` (anything that `open_source` takes) to `destination` in a format.
 
     `to` is native unless told, and Hugging Face's for a native source. `tensor` and `pipeline` cut the files as that
-    grid would hold them (native ones load on any grid all the same). `dtype` casts the weights. The destination must be
-    new or empty; it appears once it is whole, and not at all after an error. After an interruption the same call goes
-    on with the files that are not finished.
+    grid would hold them (native ones load on any grid all the same). `dtype` casts the weights, `extension` adds tokens
+    to the vocabulary. The destination must be new or empty; it appears once it is whole, and not at all after an error.
+    After an interruption the same call goes on with the files that are not finished.
 
     Raises CheckpointError and, for a request that cannot be, ConfigError.
     """
@@ -75,16 +77,15 @@ def convert(
         raise ConfigError(f"--tensor {tensor} --pipeline {pipeline}: both must be at least 1.")
     destination = Path(os.path.abspath(destination))
     _check_destination(destination)
-    with open_source(source_path) as source:
+    with open_source(source_path) as opened, _extended(opened, extension) as source:
         to = to or ("huggingface" if source.format == "native" else "native")
         config = ModelConfig.from_huggingface(source.model_config)
         shapes = canonical_shapes(config)
-        check_weights(source, shapes)
         dtypes = {name: dtype or source.dtype(name) for name in shapes}
         request = Request(source, config, dtypes, _stated_dtype(source, dtypes, dtype), tensor, pipeline)
         target = make_target(to, request)
         total_bytes = sum(file.size_bytes for file in target.files)
-        identity = _identity(source, to, tensor, pipeline, dtype)
+        identity = _identity(source, to, tensor, pipeline, dtype, extension)
         with _new_folder(destination, identity) as folder, _checked(source):
             copier = Copier(source, folder, target.files, progress)
             check_space(folder, copier.missing_bytes)
@@ -100,6 +101,12 @@ def convert(
         size_bytes=total_bytes,
         left_out=("the optimizer state",) if source.has_optimizer else (),
     )
+
+
+def _extended(source: Source, extension: Extension | None) -> Source:
+    """The source, once its weights are known to be those of its model, with an extension if there is one."""
+    check_weights(source, canonical_shapes(ModelConfig.from_huggingface(source.model_config)))
+    return source if extension is None else ExtendedSource(source, extension)
 
 
 def _identity(source: Source, *request: object) -> str:

@@ -39,6 +39,7 @@ from megatron.checkpoint.native import (
     Manifest,
     carried_files,
     check_sizes,
+    read_carried,
     read_manifest,
     step_of,
 )
@@ -153,6 +154,10 @@ class Source:
                     reader.read_entry(entry, piece.slices(common), view.t() if piece.transposed else view)
                     found += common.numel
         assert found == region.numel, (region, found)  # the index has only tensors that their pieces fill exactly
+
+    def carried(self) -> dict[str, bytes]:
+        """Tokenizer and other files that a copy of the model takes along: name -> content."""
+        return read_carried(self.tokenizer_files)
 
     def again(self) -> Source:
         """The same model with open files of its own, to read from another thread; close it as well."""

@@ -12,13 +12,20 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.copying import OutputFile, Written
-from megatron.checkpoint.huggingface import MODEL_CONFIG, SHARD_INDEX, config_text, shard_index_text, shard_names
+from megatron.checkpoint.huggingface import (
+    MODEL_CONFIG,
+    SHARD_INDEX,
+    config_text,
+    read_config,
+    shard_index_text,
+    shard_names,
+)
 from megatron.checkpoint.index import StoredPiece, collect_index, piece_key
 from megatron.checkpoint.layout import FileTensor, from_spec, whole
 from megatron.checkpoint.megatron_layout import MegatronGrid
 from megatron.checkpoint.megatron_llm import LATEST, arguments_of, file_content, megatron_files
 from megatron.checkpoint.meta import PARAMS, meta_files, params_of
-from megatron.checkpoint.native import read_carried, weights_file, write_carried, write_manifest
+from megatron.checkpoint.native import weights_file, write_carried, write_manifest
 from megatron.checkpoint.source import Format, Source
 from megatron.model.config import ModelConfig, spell_for_both
 from megatron.model.specs import canonical_shapes, rank_specs
@@ -62,12 +69,12 @@ class Request:
     def write_config(self, folder: Path) -> None:
         """Carry `config.json` over, byte for byte if it already says all that every reader looks for."""
         path = self.source.folder / MODEL_CONFIG
-        as_it_is = self.model_config == self.source.model_config and path.is_file()
+        as_it_is = path.is_file() and self.model_config == read_config(self.source.folder)
         write_atomically(folder / MODEL_CONFIG, path.read_bytes() if as_it_is else config_text(self.model_config))
 
     def write_carried(self, folder: Path) -> list[str]:
         """Carry tokenizer and other files over; returns their names."""
-        carried = read_carried(self.source.tokenizer_files)
+        carried = self.source.carried()
         write_carried(carried, folder)
         return list(carried)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron.checkpoint.convert import Conversion
     from megatron.checkpoint.source import Format
+    from megatron.checkpoint.vocabulary import Extension
 
 HELP = "convert a model between Hugging Face's, Meta's, Megatron-LLM's and our own format"
 
@@ -41,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", action="store_true", help="with --verify: compare behind each layer as well")
     parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16", "fp64"), help="cast the weights (default: keep)")
+    parser.add_argument("--extra-tokens", metavar="A,B|FILE", help="tokens to add to the vocabulary, in this order")
+    parser.add_argument(
+        "--initialize",
+        choices=("mean", "normal", "copy"),
+        help="rows of added tokens: the mean of the model's (default), drawn around it, or copies of the last",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             tensor=arguments.tensor,
             pipeline=arguments.pipeline,
             dtype=DTYPES.get(arguments.dtype),
+            extension=_extension(arguments),
             progress=line.show,
         )
     finally:
@@ -84,3 +92,20 @@ def _verify(done: Conversion, data: str, layers: bool) -> int:
         print("\n".join(agreement_line(number, agreement) for number, agreement in enumerate(found)))
     print(verdict(found))
     return 0 if all(agreement.holds for agreement in found) else 1
+
+
+def _extension(arguments: argparse.Namespace) -> Extension | None:
+    from megatron.checkpoint.vocabulary import Extension
+    from megatron.tokenizer import read_extra_tokens
+    from megatron.utils.errors import ConfigError
+
+    if arguments.extra_tokens is None:
+        if arguments.initialize is not None:
+            raise ConfigError("--initialize is for the tokens of --extra-tokens: name them, or leave it out.")
+        return None
+    if arguments.verify is not None:
+        raise ConfigError(
+            "--verify compares a model with the same model, and --extra-tokens makes another: convert with the tokens "
+            "first, then verify a conversion of the result."
+        )
+    return Extension(tuple(read_extra_tokens(arguments.extra_tokens)), arguments.initialize or "mean")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from megatron.tokenizer.backends import HuggingFaceBackend, SentencePieceBackend
 from megatron.tokenizer.tokenizer import Backend, Tokenizer
 from megatron.utils.errors import ConfigError, DataError
 
-_MODEL = "tokenizer.model"
-_JSON = "tokenizer.json"
-_CONFIG = "tokenizer_config.json"
+MODEL = "tokenizer.model"
+JSON = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
-_ADDED = "added_tokens.json"
+ADDED = "added_tokens.json"
 _QUOTES = "'\"“”‘’"
 
 
@@ -24,7 +25,7 @@ def find_tokenizer(folder: str | Path) -> Path | None:
     """The tokenizer file of a folder: `tokenizer.model` before `tokenizer.json` before GPT-2's `vocab.json` with
     `merges.txt`; or None. Raises DataError for several vocabularies.
     """
-    named = (path for name in (_MODEL, _JSON) if (path := Path(folder) / name).is_file())
+    named = (path for name in (MODEL, JSON) if (path := Path(folder) / name).is_file())
     return next(named, None) or gpt2.find_vocabulary(Path(folder))
 
 
@@ -45,7 +46,8 @@ def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokeni
     backend, added = _open(file, content)
     pieces = backend.pieces()
     literals = backend.literals()
-    literals.update({token: identity for token, identity in added.items() if token not in _sentence_tokens(folder)})
+    sentence_tokens = _sentence_tokens(folder)
+    literals.update({token: identity for token, identity in added.items() if token not in sentence_tokens})
     literal_ids = added | backend.controls()
     known = {piece: identity for identity, piece in pieces.items()} | added
     next_id = max(known.values(), default=-1) + 1
@@ -82,11 +84,11 @@ def _resolve(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise DataError(f"there is no tokenizer at {path}; give a {_MODEL}, a {_JSON}, or a folder that holds one")
+        raise DataError(f"there is no tokenizer at {path}; give a {MODEL}, a {JSON}, or a folder that holds one")
     found = find_tokenizer(path)
     if found is None:
         raise DataError(
-            f"the folder {path} holds neither {_MODEL} nor {_JSON}, nor vocab.json with merges.txt; "
+            f"the folder {path} holds neither {MODEL} nor {JSON}, nor vocab.json with merges.txt; "
             "name the tokenizer's file"
         )
     return found
@@ -94,7 +96,7 @@ def _resolve(path: Path) -> Path:
 
 def _files(file: Path) -> list[Path]:
     """A tokenizer's file and those beside it that belong to it."""
-    beside = [gpt2.find_merges(file), *(file.parent / name for name in (_MODEL, _JSON, _CONFIG, _SPECIAL, _ADDED))]
+    beside = [gpt2.find_merges(file), *(file.parent / name for name in (MODEL, JSON, CONFIG, _SPECIAL, ADDED))]
     return [file, *(other for other in beside if other is not None and other != file and other.is_file())]
 
 
@@ -118,13 +120,13 @@ def _open(file: Path, content: bytes) -> tuple[Backend, dict[str, int]]:
 def _added_tokens(folder: Path, pieces: dict[int, str]) -> dict[str, int]:
     """Tokens that the files of a Hugging Face folder append to its `tokenizer.model`, in the order of their ids."""
     declared: dict[int, str] = {}
-    added = _read_json(folder / _ADDED)
-    decoder = _read_json(folder / _CONFIG).get("added_tokens_decoder", {})
+    added = read_json(folder / ADDED)
+    decoder = read_json(folder / CONFIG).get("added_tokens_decoder", {})
     try:
         declared.update({int(identity): token for token, identity in added.items()})
         declared.update({int(identity): _text(token) for identity, token in decoder.items()})
     except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise DataError(f"the added tokens in {folder} ({_ADDED}, {_CONFIG}) are damaged: {error}") from error
+        raise DataError(f"the added tokens in {folder} ({ADDED}, {CONFIG}) are damaged: {error}") from error
     return {token: identity for identity, token in sorted(declared.items()) if identity not in pieces}
 
 
@@ -133,8 +135,8 @@ def _sentence_tokens(folder: Path) -> set[str | None]:
 
 
 def _sentence_token(folder: Path, name: str) -> str | None:
-    for file in (_CONFIG, _SPECIAL):
-        token = _read_json(folder / file).get(name)
+    for file in (CONFIG, _SPECIAL):
+        token = read_json(folder / file).get(name)
         if token is not None:
             return _text(token)
     return None
@@ -145,7 +147,8 @@ def _text(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, an empty one where there is no file. Raises DataError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -160,6 +163,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_extra(tokens: Sequence[str]) -> None:
     if "" in tokens:
         raise ConfigError(f"--extra-tokens {','.join(tokens)!r} has an empty token; remove the comma too many")
-    repeated = sorted({token for token in tokens if list(tokens).count(token) > 1})
+    for token in tokens:
+        if any("\ud800" <= character <= "\udfff" for character in token):
+            raise ConfigError(f"--extra-tokens has {token!r}, which is not UTF-8")
+    counts = Counter(tokens)
+    repeated = sorted({token for token in tokens if counts[token] > 1})
     if repeated:
         raise ConfigError(f"--extra-tokens names {', '.join(repeated)} more than once; name each token once")

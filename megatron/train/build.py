@@ -226,7 +226,7 @@ def _check_tokenizer(config: RunConfig, origin: Origin) -> dict[str, bytes]:
 
     They are read now: the checkpoint that a resumed run takes them from may soon be removed.
     """
-    carried = {} if origin.source is None else read_carried(origin.source.tokenizer_files)
+    carried = {} if origin.source is None else origin.source.carried()
     check_tokenizer(data_prefixes(config.data), _tokenizer_path(config, origin), origin.model.vocab_size)
     if config.tokenizer.path is not None:
         carried |= read_carried(load_tokenizer(config.tokenizer.path).files)

@@ -49,6 +49,8 @@ CASES = [
     Case("pp3-uneven", pipeline=3, layers=5, micro_batches=5),
     Case("tp2-pp2-one-micro-batch", tensor=2, pipeline=2, micro_batches=1, micro_batch=3, ragged=False),
     Case("tp4-wide-padding", tensor=4, vocabulary=65, sequence=True),
+    Case("tp2-32017-tokens", tensor=2, vocabulary=32017, sequence=True),
+    Case("tp4-32019-tokens-tied", tensor=4, vocabulary=32019, tied=True),
     Case("dp2-one-large-bucket", data=2, zero=1, bucket_elements=10**9, clip=0.0),
     Case("tp2-selective-recompute", tensor=2, sequence=True, recompute="selective"),
     Case("tp2-pp2-full-recompute", tensor=2, pipeline=2, sequence=True, recompute="full"),

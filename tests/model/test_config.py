@@ -244,7 +244,13 @@ def test_harmless_settings_are_no_reason_to_refuse() -> None:
     assert read(**harmless) == read()
 
 
-@pytest.mark.parametrize(("vocab_size", "tensor", "padded"), [(32000, 1, 32000), (32000, 8, 32256), (32017, 2, 32128)])
+@pytest.mark.parametrize(
+    ("vocab_size", "tensor", "padded"),
+    [
+        (32000, 1, 32000), (32000, 8, 32256), (32017, 1, 32064), (32017, 2, 32128), (32017, 4, 32256),
+        (32019, 1, 32064), (32019, 4, 32256), (32019, 8, 32256),
+    ],
+)  # fmt: skip
 def test_padded_vocabulary(vocab_size: int, tensor: int, padded: int) -> None:
     config = read(vocab_size=vocab_size)
     assert config.padded_vocab_size(tensor) == padded

@@ -214,7 +214,9 @@ class BatchLoader:
         until = self._ramp.position_after(1 + self._readahead, position)
         while self._announced < until and not self._closing.is_set():
             indices = self._indices(self._announced).reshape(-1)
-            self._in_rows.announce(indices[indices < len(self._dataset)])
+            there = indices[indices < len(self._dataset)]
+            if len(there):  # steps behind the end of the data are asked for too, and told of only when they come
+                self._in_rows.announce(there)
             self._announced += self._ramp.batch_at(self._announced)
 
     def _indices(self, position: int) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from numpy.typing import NDArray
 
 from megatron.config.batches import Ramp
 from megatron.data.dataset import ENDLESS, PADDING
+from megatron.data.indexed import IndexedReader, IndexedWriter
 from megatron.data.loader import BatchLoader
+from megatron.data.pretraining import MegatronOrderDataset
+from megatron.data.stream import Stream
 from megatron.data.synthetic import SyntheticDataset
 from megatron.model.loss import IGNORED
 from megatron.utils.errors import ConfigError, DataError
@@ -263,6 +267,7 @@ class InRows(Counting):
 
     def announce(self, indices: NDArray[np.int64]) -> None:
         assert (indices < len(self)).all()
+        assert len(indices), "a dataset is never told of nothing"
         self.announced += indices.tolist()
 
     def boundaries(self, index: int) -> NDArray[np.int64]:
@@ -341,3 +346,16 @@ def test_the_system_is_told_of_this_ranks_samples_before_they_are_read() -> None
     with BatchLoader(silent, global_batch=8, micro_batch=2, rank=1, size=2, vocab_size=10_000) as loader:
         loader.next_batch()
     assert silent.announced == []
+
+
+def test_a_stored_order_is_read_to_its_last_sample(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "pair")
+    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+        writer.add_documents(np.arange(1, 34, dtype=np.uint16), np.array([33]))
+        writer.close()
+    dataset = MegatronOrderDataset(Stream(IndexedReader(prefix)), sequence_length=4, samples=8, seed=1)
+    with BatchLoader(dataset, global_batch=4, micro_batch=2, rank=0, size=2, vocab_size=100, readahead=3) as loader:
+        seen = [loader.next_batch() for _ in range(len(dataset) // 4)]
+        assert len(seen) == 2
+        with pytest.raises(DataError, match="the data end after sample 8"):
+            loader.next_batch()

@@ -44,7 +44,7 @@ def start_from(origin: Origin, step: TrainingStep, seed: int) -> None:
     stored = {source.dtype(name) for name in source.shapes()}
     precise = optimizer.has_masters and any(torch.promote_types(dtype, other) != dtype for other in stored)
     masters = bool(source.shapes("master"))
-    axes = (step.context.tp, step.context.grad)
+    axes = (step.context.tp, step.context.replica, step.context.shard)
     step.fill_together(
         lambda wanted: read_together(source, wanted, axes, weight_kinds(source, dtype)),
         masters=precise and not masters,

@@ -309,7 +309,7 @@ def test_a_dead_worker_is_an_error_and_not_a_hang(options: PreprocessOptions, tm
             r"a.jsonl \(not there\), /dev/null \(not a file\)",
         ),
         ({"output_prefix": "/proc/nowhere/p"}, "cannot write in the folder /proc/nowhere"),
-        ({"output_prefix": "/tmp/"}, "is a folder"),
+        ({"output_prefix": "/tmp/"}, "not the first part of a file name"),
         ({"tokenizer": Path("/nonexistent")}, "no tokenizer at /nonexistent"),
         ({"extra_tokens": ("<a>", "<a>")}, "more than once"),
     ],

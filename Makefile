@@ -6,13 +6,14 @@
 #   make lint         ruff, mypy, import-linter, generated pages up to date
 #   make bench        benchmarks
 #   make docs         write the generated pages
+#   make thorough     equivalence of all grids, each with both kinds of kernels and communicators (nightly)
 #   make sanitize     find data races between the threads of CUDA kernels, on the host (nightly)
 #   make gpu-check    on a machine with a GPU: try everything that this project could not, write a report to send
 #   make cuda-check   without a GPU: build and load the CUDA kernels in .venv-cuda/ (5.5 GB), run the model on fakes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test lint bench docs sanitize gpu-check cuda-check
+.PHONY: help venv quickstart test lint bench docs thorough sanitize gpu-check cuda-check
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -54,6 +55,9 @@ lint: venv
 
 bench: venv
 	@for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
+
+thorough: venv
+	THOROUGH=1 $(BIN)/python -m pytest tests/dist
 
 sanitize: venv
 	$(BIN)/python -m tests.cuda_host.races

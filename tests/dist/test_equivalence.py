@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -196,8 +198,17 @@ def one_rank(case: Case) -> Result:
         native.select("auto", "cpu")
 
 
-@pytest.mark.parametrize(("strict", "backend"), SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def runs() -> list[Any]:
+    """Each case in one of the settings, in turns; in each of them under `make thorough`."""
+    names = list(SETTINGS)
+    return [
+        pytest.param(case, *SETTINGS[name], id=f"{case.name}-{name}")
+        for number, case in enumerate(CASES)
+        for name in (names if os.environ.get("THOROUGH") else [names[number % len(names)]])
+    ]
+
+
+@pytest.mark.parametrize(("case", "strict", "backend"), runs())
 def test_grid_equals_one_rank(case: Case, strict: bool, backend: native.Backend, pools: Callable[[int], Pool]) -> None:
     results = pools(case.grid.world_size).run(run_case, case, strict, None, backend)
     assert deviation(results, one_rank(case.one_rank)) <= TOLERANCE

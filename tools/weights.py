@@ -12,7 +12,9 @@ from megatron.model.config import ModelConfig
 from megatron.tokenizer import load_tokenizer
 from megatron.utils.errors import ConfigError
 from megatron.utils.files import write_atomically
+from megatron.utils.logging import get_logger
 
+_LOGGER = get_logger(__name__)
 _WANTED = ("*.json", "*.model", "*.txt")
 
 
@@ -34,8 +36,8 @@ def find_on_hub(name: str, cache: str | None = None) -> str:
         return snapshot_download(
             name, cache_dir=cache, local_files_only=True, allow_patterns=[*_WANTED, "*.safetensors"]
         )
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
-        pass
+    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        _LOGGER.info("%s is not in the cache (%s): asking the hub", name, type(error).__name__)
     try:
         files = HfApi().list_repo_files(name)
         weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "pytorch_model*.bin"

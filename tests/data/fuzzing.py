@@ -16,6 +16,7 @@ import json
 import lzma
 import random
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -101,8 +102,8 @@ class Fuzzer:
 
             packer = zstandard.ZstdCompressor(write_checksum=True)
             self._packed["zstandard"] = packer.compress(self._lines) + packer.compress(b"{}\n")
-        except ImportError:
-            pass
+        except ImportError as error:
+            print(f"left out: {error}", file=sys.stderr)
         try:
             import pyarrow
             import pyarrow.parquet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import os
@@ -119,11 +120,9 @@ def test_on_a_terminal_one_line_is_updated(options: PreprocessOptions, tmp_path:
     process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=theirs)
     os.close(theirs)
     shown = b""
-    try:
+    with contextlib.suppress(OSError):  # how the end of a terminal is told
         while block := os.read(ours, 1 << 16):
             shown += block
-    except OSError:  # how the end of a terminal is told
-        pass
     os.close(ours)
     assert process.wait(timeout=60) == 0
     lines = shown.decode().split("\r")

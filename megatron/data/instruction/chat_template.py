@@ -25,6 +25,7 @@ from megatron.data.instruction.pair import Role
 from megatron.data.instruction.template import Conversation
 from megatron.data.jsonl import RefusedLine
 from megatron.tokenizer import Tokenizer
+from megatron.tokenizer.load import read_json
 from megatron.utils.errors import ConfigError, DataError
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -148,7 +149,7 @@ def find_chat_template(tokenizer: Path) -> ChatTemplate:
     Raises ConfigError where there is none, DataError for files that are damaged.
     """
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
-    file, config = folder / _TEMPLATE, _read_config(folder / _CONFIG)
+    file, config = folder / _TEMPLATE, read_json(folder / _CONFIG)
     if file.is_file():
         return read_chat_template(file, tokenizer)
     source = config.get("chat_template")
@@ -169,7 +170,7 @@ def read_chat_template(file: Path, tokenizer: Path) -> ChatTemplate:
         source = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as a chat template: {error}") from error
-    return ChatTemplate(source, _special_tokens(_read_config(folder / _CONFIG)), str(file))
+    return ChatTemplate(source, _special_tokens(read_json(folder / _CONFIG)), str(file))
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -177,18 +178,6 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     named = {name: config.get(name) for name in _TOKENS}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
     return {name: token for name, token in texts.items() if isinstance(token, str)}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} does not hold a JSON object")
-    return content
 
 
 def _marked_parts(marked: str) -> list[Part]:

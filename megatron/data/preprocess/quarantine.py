@@ -38,16 +38,14 @@ DEFAULT_BUDGET = BadLineBudget("0.1%", None, 0.001)
 
 def parse_budget(text: str) -> BadLineBudget:
     """`100` or `0.1%`. Raises ConfigError for anything else."""
+    refusal = f"--max-bad-lines {text}: give a count of lines, as in 100, or a share of them, as in 0.1%"
     try:
-        if text.endswith("%"):
-            share = float(text.removesuffix("%")) / 100
-            if 0 <= share <= 1:
-                return BadLineBudget(text, None, share)
-        elif int(text) >= 0:
-            return BadLineBudget(text, int(text), 0.0)
-    except ValueError:
-        pass
-    raise ConfigError(f"--max-bad-lines {text}: give a count of lines, as in 100, or a share of them, as in 0.1%")
+        count, share = (None, float(text[:-1]) / 100) if text.endswith("%") else (int(text), 0.0)
+    except ValueError as error:
+        raise ConfigError(refusal) from error
+    if not 0 <= share <= 1 or (count is not None and count < 0):
+        raise ConfigError(refusal)
+    return BadLineBudget(text, count, share)
 
 
 class Quarantine:

@@ -12,9 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file it sees only its own folder
 
 from megatron.checkpoint.convert import DTYPES, convert
+from megatron.checkpoint.hub import upload_model
 from megatron.checkpoint.huggingface import MODEL_CONFIG, is_huggingface
 from megatron.utils.errors import ConfigError, MegatronError
 from megatron.utils.files import write_atomically
+from megatron.utils.hub import named
 from tools.megatron_llm_flags import Parser
 
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
@@ -57,30 +59,18 @@ def prepare(arguments: argparse.Namespace, destination: Path) -> Path:
     return destination
 
 
-def upload(folder: Path, name: str, token: str | None) -> str:
-    """Upload a folder to a repository, which is made where it is not there; its address."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    api = HfApi(token=token)
-    try:
-        address = api.create_repo(name, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        raise ConfigError(f"{name} could not be uploaded to ({' '.join(str(error).split())[:300]})") from error
-    return str(address)
-
-
 def main(words: Sequence[str]) -> int:
     """Write and upload; the exit code."""
     try:
         arguments = parse(words)
+        repository = None if arguments.hf_repo_name is None else named(arguments.hf_repo_name)
         with tempfile.TemporaryDirectory() as temporary:
             folder = prepare(arguments, arguments.output_folder or Path(temporary) / "huggingface")
-            if arguments.hf_repo_name is not None:
+            if repository is not None:
                 if arguments.auth_token is not None:
                     sys.stderr.write("--auth_token can be seen by everyone on this machine: better set HF_TOKEN\n")
-                sys.stdout.write(f"{folder} -> {upload(folder, arguments.hf_repo_name, arguments.auth_token)}\n")
+                address = upload_model(folder, repository, arguments.auth_token)
+                sys.stdout.write(f"{folder} -> {address}\n")
     except MegatronError as error:
         sys.stderr.write(f"push_to_hub.py: error: {error}\n")
         return 2

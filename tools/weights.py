@@ -7,15 +7,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron.checkpoint.hub import fetch_model
 from megatron.checkpoint.source import open_source
 from megatron.model.config import ModelConfig
 from megatron.tokenizer import load_tokenizer
 from megatron.utils.errors import ConfigError
 from megatron.utils.files import write_atomically
-from megatron.utils.logging import get_logger
-
-_LOGGER = get_logger(__name__)
-_WANTED = ("*.json", "*.model", "*.txt")
+from megatron.utils.hub import named
 
 
 def read_model(folder: str | Path) -> ModelConfig:
@@ -27,26 +25,12 @@ def read_model(folder: str | Path) -> ModelConfig:
 def find_on_hub(name: str, cache: str | None = None) -> str:
     """The folder of a model of Hugging Face's hub, fetched where it is not in the cache yet.
 
-    Safetensors are taken where there are some. Raises ConfigError where it can be had neither here nor there.
+    Raises as `fetch_model`.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     try:
-        return snapshot_download(
-            name, cache_dir=cache, local_files_only=True, allow_patterns=[*_WANTED, "*.safetensors"]
-        )
-    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        _LOGGER.info("%s is not in the cache (%s): asking the hub", name, type(error).__name__)
-    try:
-        files = HfApi().list_repo_files(name)
-        weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "pytorch_model*.bin"
-        return snapshot_download(name, cache_dir=cache, allow_patterns=[*_WANTED, weights])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{name} is neither a folder here nor to be had from the Hugging Face hub ({reason}); name a folder"
-        ) from error
+        return str(fetch_model(named(name), cache))
+    except ConfigError as error:
+        raise ConfigError(f"{name} is neither a folder here nor to be had from the hub: {error}") from error
 
 
 def check_fits(path: Path, extra_tokens: Sequence[str], model: ModelConfig) -> None:

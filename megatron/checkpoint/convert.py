@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.check import check_weights
+from megatron.checkpoint.checksums import compare_checksums, damage
 from megatron.checkpoint.copying import JOURNAL, Copier, Progress
-from megatron.checkpoint.native import MANIFEST, PARTIAL, find_damaged
+from megatron.checkpoint.native import PARTIAL
 from megatron.checkpoint.source import Format, Source, open_source
 from megatron.checkpoint.store import check_space
 from megatron.checkpoint.targets import Request, make_target
-from megatron.checkpoint.torch_file import SUFFIXES, is_damaged
 from megatron.checkpoint.vocabulary import ExtendedSource, Extension
 from megatron.model.config import ModelConfig
 from megatron.model.specs import canonical_shapes
@@ -54,7 +54,7 @@ class Conversion:
 
 
 def convert(
-    source_path: Path,
+    source_path: str | Path,
     destination: Path,
     *,
     to: Format | None = None,
@@ -139,21 +139,11 @@ def _checked(source: Source) -> Iterator[None]:
 
 
 def _check_content(source: Source, stopped: threading.Event) -> None:
-    for name, damaged in _compared(source):
+    for name, damaged in compare_checksums(source, source.weight_files):
         if stopped.is_set():
             return
         if damaged:
-            where = f"the one in {MANIFEST}" if source.manifest else "the one within it"
-            raise CheckpointError(f"{source.folder / name} is damaged: its checksum is not {where}. Use another copy.")
-
-
-def _compared(source: Source) -> Iterator[tuple[str, bool]]:
-    if source.manifest is not None:
-        yield from find_damaged(source.folder, source.manifest, source.weight_files)
-        return
-    for name in source.weight_files:
-        if Path(name).suffix in SUFFIXES:
-            yield name, is_damaged(source.folder / name)
+            raise damage(source, [name])
 
 
 def _stated_dtype(source: Source, dtypes: Mapping[str, torch.dtype], asked: torch.dtype | None) -> str:

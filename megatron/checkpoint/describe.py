@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.check import check_weights
+from megatron.checkpoint.checksums import compare_checksums, damage
 from megatron.checkpoint.manager import whole_checkpoints
-from megatron.checkpoint.native import MANIFEST, find_damaged
 from megatron.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron.checkpoint.source import Source
-from megatron.checkpoint.torch_file import SUFFIXES, is_damaged
 from megatron.model.config import ModelConfig
 from megatron.model.specs import canonical_shapes
 from megatron.utils.errors import CheckpointError, ConfigError
@@ -99,21 +98,13 @@ def list_tensors(source: Source) -> list[dict[str, Any]]:
 
 def verify(source: Source) -> str:
     """Read everything and compare checksums; returns what was found right, raises CheckpointError naming the rest."""
-    if source.manifest is None:
-        archives = [name for name in source.weight_files if Path(name).suffix in SUFFIXES]
-        damaged = [name for name in archives if is_damaged(source.folder / name)]
-        if damaged:
-            raise CheckpointError(f"{source.folder} is damaged: the checksums within {', '.join(damaged)} are wrong.")
-        if archives:
-            return f"the checksums of all {len(archives)} files are right"
-        return f"{len(source.weight_files)} file(s) are whole; a Hugging Face folder has no checksums to compare"
-    damaged = [name for name, is_damaged in find_damaged(source.folder, source.manifest) if is_damaged]
+    compared = dict(compare_checksums(source))
+    damaged = [name for name, is_damaged in compared.items() if is_damaged]
     if damaged:
-        raise CheckpointError(
-            f"{source.folder} is damaged: the checksum of {', '.join(damaged)} is not the one in {MANIFEST}. "
-            "Use another copy or an older checkpoint."
-        )
-    return f"the checksums of all {len(source.manifest.files)} files are right"
+        raise damage(source, damaged)
+    if not compared:
+        return f"{len(source.weight_files)} file(s) are whole; a Hugging Face folder has no checksums to compare"
+    return f"the checksums of all {len(compared)} files are right"
 
 
 def _saved_with(source: Source) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ def index_huggingface(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]
     found = next(name for name in (SINGLE, SHARD_INDEX, PICKLE, PICKLE_INDEX) if (folder / name).exists())
     if found in (SINGLE, PICKLE):
         return _index_file(folder, found), [found]
-    weight_map = _read_weight_map(folder / found)
+    weight_map = read_weight_map(folder / found)
     files = sorted(set(weight_map.values()))
     absent = [name for name in files if not (folder / name).exists()]
     if absent:
@@ -121,7 +121,8 @@ def _index_file(folder: Path, file: str) -> dict[str, StoredTensor]:
         }
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file by the index of a sharded model. Raises CheckpointError, for names of no plain file too."""
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
         entries = [(str(name), str(file)) for name, file in weight_map.items()]

@@ -57,20 +57,25 @@ class MegatronFolder:
 def find_megatron(path: Path) -> MegatronFolder | None:
     """The checkpoint that a folder holds or is; None where it is not Megatron-LLM's. Raises CheckpointError."""
     if (path / LATEST).is_file():
-        try:
-            word = (path / LATEST).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path / LATEST} cannot be read ({error}).") from error
-        if word != "release" and not word.isdecimal():
-            raise CheckpointError(f"{path / LATEST} says {word!r}: neither an iteration nor 'release'.")
-        folder = path / (word if word == "release" else f"iter_{int(word):07d}")
+        folder = path / newest_folder(path)
         files = _rank_files(folder)
         if not files:
-            raise CheckpointError(f"{path / LATEST} says {word}, but {folder} holds no mp_rank_…/{MODEL_FILES[0]}.")
+            raise CheckpointError(f"{path / LATEST} names {folder}, which holds no mp_rank_…/{MODEL_FILES[0]}.")
         return _complete(MegatronFolder(path, folder, files))
     files = _rank_files(path)
     root = path.parent if (path.parent / LATEST).is_file() else path
     return _complete(MegatronFolder(root, path, files)) if files else None
+
+
+def newest_folder(path: Path) -> str:
+    """The folder within `path` that `latest_checkpointed_iteration.txt` names; raises CheckpointError."""
+    try:
+        word = (path / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path / LATEST} cannot be read ({error}).") from error
+    if word != "release" and not word.isdecimal():
+        raise CheckpointError(f"{path / LATEST} says {word!r}: neither an iteration nor 'release'.")
+    return word if word == "release" else f"iter_{int(word):07d}"
 
 
 def index_megatron(

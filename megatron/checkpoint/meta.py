@@ -65,6 +65,11 @@ def is_meta(folder: Path) -> bool:
     return (folder / PARAMS).is_file() and bool(_files(folder))
 
 
+def is_meta_file(name: str) -> bool:
+    """Whether a file of this name holds weights in Meta's form."""
+    return _FILE.fullmatch(name) is not None
+
+
 def index_meta(folder: Path) -> tuple[dict[str, StoredTensor], list[str], dict[str, Any]]:
     """Where every canonical tensor is, the weight files, and the model as a `config.json` would describe it.
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 import yaml
 
+from megatron.checkpoint.hub import local_folder
 from megatron.checkpoint.huggingface import (
     MODEL_CONFIG,
     PICKLE,
@@ -49,6 +50,7 @@ from megatron.checkpoint.torch_file import SUFFIXES, TorchReader
 from megatron.model.families import FAMILIES
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
+from megatron.utils.hub import spelling_hint
 
 _OPEN_FILES = 128  # a process may hold about a thousand, and a checkpoint of many ranks has more
 
@@ -203,12 +205,14 @@ class Source:
 def open_source(path: str | Path) -> Source:
     """Open a folder of Hugging Face's, Meta's or ours, or the newest whole checkpoint of a save folder.
 
-    Raises CheckpointError that says what was looked for.
+    An `hf://` address is fetched first. Raises CheckpointError that says what was looked for.
     """
-    folder = Path(path)
+    folder = local_folder(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}: give the folder of a checkpoint or of a Hugging Face model.")
+        raise CheckpointError(
+            f"{folder} {what}: give the folder of a checkpoint or of a Hugging Face model.{spelling_hint(path)}"
+        )
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)

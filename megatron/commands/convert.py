@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +26,11 @@ _TITLES = {"huggingface": "Hugging Face", "native": "native", "meta": "Meta", "m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder of a model in any format, or save folder")
-    parser.add_argument("destination", metavar="DST", type=Path, help="new folder to write")
+    parser.add_argument(
+        "source", metavar="SRC", help="folder of a model in any format, save folder, or hf://owner/name on the hub"
+    )
+    parser.add_argument("destination", metavar="DST", help="new folder to write, or hf://owner/name to upload to")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of SRC on the hub (default: main)")
     parser.add_argument(
         "--to", choices=tuple(_FORMATS), help="format to write (default: native; hf where the source is native)"
     )
@@ -52,7 +56,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, with a progress line on stderr and a summary at the end. Raises MegatronError."""
+    from megatron.utils.hub import parse_address
+
+    upload_to = parse_address(arguments.destination)
+    if upload_to is None:
+        return _convert(arguments, Path(arguments.destination))
+    from megatron.checkpoint.hub import upload_model
+    from megatron.utils.errors import ConfigError
+
+    if arguments.to not in (None, "hf"):
+        raise ConfigError(
+            f"--to {arguments.to}: what is uploaded to {upload_to} is in Hugging Face's format (--to hf)."
+        )
+    arguments.to = "hf"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / upload_to.name.rpartition("/")[2]
+        code = _convert(arguments, folder)
+        if code == 0:
+            # A new repository is private: what is public once cannot be taken back.
+            print(f"{upload_to}: uploaded to {upload_model(folder, upload_to, private=True)}")
+    return code
+
+
+def _convert(arguments: argparse.Namespace, destination: Path) -> int:
     from megatron.checkpoint.convert import DTYPES, convert
+    from megatron.utils.hub import with_revision
     from megatron.utils.progress import ProgressLine
     from megatron.utils.units import format_bytes, format_count, format_duration
 
@@ -60,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     line = ProgressLine()
     try:
         done = convert(
-            arguments.source,
-            arguments.destination,
+            with_revision(arguments.source, arguments.revision),
+            destination,
             to=_FORMATS.get(arguments.to),
             tensor=arguments.tensor,
             pipeline=arguments.pipeline,

@@ -17,7 +17,7 @@ _SHOWN = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.add_argument("first", metavar="A", type=Path, help="folder of a model in any format, or save folder")
+    parser.add_argument("first", metavar="A", type=Path, help="folder or hf:// address of a model, or save folder")
     parser.add_argument("second", metavar="B", type=Path, help="the one to compare it with")
     parser.add_argument(
         "--tolerance", type=float, metavar="X", help="let differences up to X, and other dtypes, count as equal"

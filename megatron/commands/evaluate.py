@@ -10,7 +10,9 @@ _CURE = "Make --micro-batch or --sequence-length smaller, or use more processes 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--load", required=True, metavar="FOLDER", help="a checkpoint or a Hugging Face folder")
+    parser.add_argument(
+        "--load", required=True, metavar="FOLDER", help="a checkpoint or a Hugging Face model, here or hf://owner/name"
+    )
     parser.add_argument("--data", required=True, metavar="PREFIX", help="prefix of the .bin/.idx pair")
     parser.add_argument(
         "--sequence-length",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.utils.errors import ConfigError
+from megatron.utils.hub import parse_address, spelling_hint
 
 if TYPE_CHECKING:
     from megatron.checkpoint.source import Source
@@ -17,7 +18,9 @@ HELP = "show what a checkpoint, a Hugging Face folder or a .bin/.idx pair holds"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.add_argument("path", metavar="X", help="folder of a model, save folder, or prefix of a .bin/.idx pair")
+    parser.add_argument(
+        "path", metavar="X", help="folder or hf:// address of a model, save folder, or prefix of a .bin/.idx pair"
+    )
     parser.add_argument("--verify", action="store_true", help="read all of it and compare the checksums")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -29,19 +32,24 @@ def run(arguments: argparse.Namespace) -> int:
     if prefix is not None:
         _inspect_tokens(prefix, arguments)
         return 0
-    if not Path(arguments.path).exists():
-        raise ConfigError(f"{arguments.path} does not exist: give a folder, or the prefix of a .bin/.idx pair.")
+    if not Path(arguments.path).exists() and parse_address(arguments.path) is None:
+        raise ConfigError(
+            f"{arguments.path} does not exist: give a folder, or the prefix of a .bin/.idx pair."
+            f"{spelling_hint(arguments.path)}"
+        )
+    from megatron.checkpoint.hub import local_folder
     from megatron.checkpoint.source import open_source
 
-    with open_source(arguments.path) as source:
-        _inspect_model(source, arguments)
+    folder = local_folder(arguments.path)
+    with open_source(folder) as source:
+        _inspect_model(source, folder, arguments)
     return 0
 
 
 def _token_prefix(path: str) -> str | None:
     """The prefix of a .bin/.idx pair, where the path names one (or one of its two files)."""
     prefix = path.removesuffix(".bin").removesuffix(".idx")
-    if Path(path).is_dir():
+    if Path(path).is_dir() or parse_address(path) is not None:
         return None
     there = Path(prefix + ".bin").is_file() or Path(prefix + ".idx").is_file()
     return prefix if there or prefix != path else None
@@ -60,11 +68,11 @@ def _inspect_tokens(prefix: str, arguments: argparse.Namespace) -> None:
         _print_table(table_of_pair(description) + ([("verified", verified)] if verified else []))
 
 
-def _inspect_model(source: Source, arguments: argparse.Namespace) -> None:
+def _inspect_model(source: Source, folder: Path, arguments: argparse.Namespace) -> None:
     from megatron.checkpoint.describe import describe, list_tensors, table, verify
 
     verified = verify(source) if arguments.verify else None
-    description = describe(source, Path(arguments.path))
+    description = describe(source, folder)
     tensors = list_tensors(source) if arguments.tensors else []
     if arguments.json:
         extra = {"verified": verified} if verified else {}

@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="writes P_KEY_document.bin, .idx and .json per JSON key; with --chat P-text and P-role",
     )  # fmt: skip
     parser.add_argument(
-        "--tokenizer", required=True, type=Path, metavar="T", help="tokenizer.model, tokenizer.json, or their folder"
+        "--tokenizer",
+        required=True,
+        type=Path,
+        metavar="T",
+        help="tokenizer.model, tokenizer.json, or their folder or hf:// address",
     )
     parser.add_argument(
         "--workers", type=int, default=None, metavar="N", help="processes that encode (default: the usable CPUs)"
@@ -114,12 +118,12 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron.data.preprocess import PreprocessOptions, preprocess
     from megatron.data.preprocess.inputs import parse_shard
     from megatron.data.preprocess.quarantine import DEFAULT_BUDGET, parse_budget
-    from megatron.tokenizer import read_extra_tokens
+    from megatron.tokenizer import local_tokenizer, read_extra_tokens
 
     options = PreprocessOptions(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
-        tokenizer=arguments.tokenizer,
+        tokenizer=local_tokenizer(arguments.tokenizer),
         workers=usable_cpus() if arguments.workers is None else arguments.workers,
         append_eod=arguments.append_eod,
         eod_token=arguments.eod_token,

@@ -20,8 +20,8 @@ class ModelSettings:
 
     init_from: str | None = key(
         None,
-        "Hugging Face folder or one of our checkpoints to take the weights from, at step 0. "
-        "Without it the weights are random.",
+        "Hugging Face folder, model on its hub (hf://owner/name or hf://owner/name@revision) or one of our checkpoints "
+        "to take the weights from, at step 0. Without it the weights are random.",
     )
     model_type: Literal["llama", "mistral", "qwen2", "qwen3", "falcon", "gpt2", "gpt_neox"] | None = key(
         None,

@@ -13,6 +13,6 @@ class TokenizerConfig:
 
     path: str | None = key(
         None,
-        "A tokenizer.model or tokenizer.json, or a folder that holds one. "
+        "A tokenizer.model or tokenizer.json, or a folder or hf:// address that holds one. "
         "null: that of the model folder, if it has one.",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron.checkpoint.check import check_weights
+from megatron.checkpoint.hub import local_folder_together
 from megatron.checkpoint.source import Source, open_source
 from megatron.checkpoint.weights import load_weights
 from megatron.data.build import check_tokenizer
@@ -43,7 +44,8 @@ def evaluate_folder(
     Raises an error of ours, alike on all ranks, where folder, data or grid do not fit each other.
     """
     _logger.info("%s", native.select("auto", world.device.type))
-    source = world.agree(lambda: open_source(load))
+    folder = local_folder_together(load, world)
+    source = world.agree(lambda: open_source(folder))
     config = world.agree(lambda: _check_model(source))
     length = world.agree(lambda: _check_length(sequence_length, config, context))
     grid = world.agree(lambda: _check_grid(world.launch.world_size, tensor, context, pipeline))

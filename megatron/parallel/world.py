@@ -6,9 +6,11 @@ the order of the collectives there.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -24,6 +26,8 @@ from megatron.utils.environment import Launch, read_launch
 from megatron.utils.errors import MegatronError
 
 T = TypeVar("T")
+
+_BEAT_S = 0.5  # how often those that wait for long work hear that it still goes on
 
 
 class Vote:
@@ -64,6 +68,34 @@ class World:
     def agree(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; if it failed on any, raise on all, so that none waits for one that is gone."""
         return agree(self.exchange, action)
+
+    def once_per_machine(self, action: Callable[[], str]) -> str:
+        """What `action` gives on the first process of this machine, which alone runs it, however long it takes.
+
+        The others wait with it in small steps, so that no collective lasts long; if it fails on any machine, it raises
+        on all ranks at once. All ranks call it.
+        """
+        results, failures = list[str](), list[Exception]()
+
+        def run() -> None:
+            try:
+                results.append(action())
+            except Exception as error:
+                failures.append(error)
+
+        first = self.launch.local_rank == 0
+        # A thread that an end of the process does not wait for: Ctrl-C, or a failure elsewhere, ends it.
+        thread = Thread(target=run, daemon=True)
+        if first:
+            thread.start()
+        while True:
+            if first:
+                thread.join(_BEAT_S)
+            self.raise_together(failures[0] if failures else None)
+            answers = self.exchange(json.dumps(results if first else [""]))
+            found = [json.loads(answer) for answer in answers]
+            if all(found):
+                return str(found[self.launch.rank - self.launch.local_rank][0])
 
     def raise_together(self, failure: Exception | None) -> None:
         """Raise on all ranks the error of the lowest rank that has one; return where none has. All ranks call it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.tokenizer.load import find_tokenizer, load_tokenizer, read_extra_tokens
+from megatron.tokenizer.load import find_tokenizer, load_tokenizer, local_tokenizer, read_extra_tokens
 from megatron.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
-__all__ = ["SpecialTokens", "Tokenizer", "find_tokenizer", "load_tokenizer", "read_extra_tokens"]
+__all__ = ["SpecialTokens", "Tokenizer", "find_tokenizer", "load_tokenizer", "local_tokenizer", "read_extra_tokens"]

@@ -12,12 +12,15 @@ from megatron.tokenizer import gpt2
 from megatron.tokenizer.backends import HuggingFaceBackend, SentencePieceBackend
 from megatron.tokenizer.tokenizer import Backend, Tokenizer
 from megatron.utils.errors import ConfigError, DataError
+from megatron.utils.hub import fetch, parse_address, spelling_hint
 
 MODEL = "tokenizer.model"
 JSON = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
+# Of a model on the hub; the file that makes it a tokenizer comes last, when the others are there.
+_ON_HUB = ("chat_template.jinja", ADDED, _SPECIAL, CONFIG, "merges.txt", "vocab.json", JSON, MODEL)
 _QUOTES = "'\"“”‘’"
 
 
@@ -33,11 +36,11 @@ def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokeni
     """Open a SentencePiece model, a `tokenizer.json`, or GPT-2's `vocab.json` with `merges.txt` beside it; or the one
     in a folder.
 
-    Added tokens that the files beside it name keep their ids; `extra_tokens` follow, in order, except those that are
-    pieces already, which keep their id. Both become their id where they occur in a text. Raises DataError for a
-    file that is missing or damaged, ConfigError for an empty or repeated extra token.
+    An `hf://` address is fetched. Added tokens that the files beside it name keep their ids; `extra_tokens` follow, in
+    order, except those that are pieces already, which keep their id. Both become their id where they occur in a text.
+    Raises DataError for a file that is missing or damaged, ConfigError for an empty or repeated extra token.
     """
-    file = _resolve(Path(path))
+    file = _resolve(local_tokenizer(path))
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -59,6 +62,15 @@ def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokeni
         literals.setdefault(token, known[token])
         literal_ids.setdefault(token, known[token])
     return Tokenizer(backend, added=added, literals=literals, literal_ids=literal_ids, files=_files(file))
+
+
+def local_tokenizer(path: str | Path) -> Path:
+    """The path itself, or of an `hf://` address the folder in the cache, once the tokenizer's files are there.
+
+    Raises ConfigError and ResourceError.
+    """
+    repository = parse_address(path)
+    return Path(path) if repository is None else fetch(repository, _ON_HUB)
 
 
 def read_extra_tokens(argument: str) -> list[str]:
@@ -84,7 +96,10 @@ def _resolve(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise DataError(f"there is no tokenizer at {path}; give a {MODEL}, a {JSON}, or a folder that holds one")
+        raise DataError(
+            f"there is no tokenizer at {path}; give a {MODEL}, a {JSON}, or a folder that holds one."
+            f"{spelling_hint(path)}"
+        )
     found = find_tokenizer(path)
     if found is None:
         raise DataError(

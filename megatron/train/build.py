@@ -29,7 +29,7 @@ from megatron.model.transformer import ChunkedTransformer, Transformer, build_st
 from megatron.parallel.mesh import Grid, ParallelContext, connect
 from megatron.parallel.pipeline.partition import Part, cut, describe_partition
 from megatron.parallel.world import World
-from megatron.tokenizer import find_tokenizer, load_tokenizer
+from megatron.tokenizer import find_tokenizer, load_tokenizer, local_tokenizer
 from megatron.train.checkpoints import Checkpoints, check_resume, start_from
 from megatron.train.datasets import (
     describe_order,
@@ -125,7 +125,8 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
     seed_everything(config.train.seed, config.train.deterministic)
     origin = find_origin(config, world)
     plan = world.agree(lambda: make_plan(config, origin.model, world.launch.world_size))
-    carried = world.agree(lambda: _check_tokenizer(config, origin))
+    tokenizer = _find_tokenizer(config, origin, world)
+    carried = world.agree(lambda: _check_tokenizer(config, origin, tokenizer))
     data_state = world.agree(lambda: describe_order(config, sequence_length=plan.sequence_length, samples=plan.samples))
     progress = world.agree(lambda: _restore_progress(config, origin, data_state))
     context = connect(
@@ -158,8 +159,8 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
             world.launch.world_size,
         )
         metrics = Metrics(speed, progress)
-        validate = world.agree(lambda: _validation(config, plan, origin, step.model, world))
-        test = world.agree(lambda: _test(config, plan, origin, step.model, world))
+        validate = world.agree(lambda: _validation(config, plan, origin, step.model, tokenizer, world))
+        test = world.agree(lambda: _test(config, plan, origin, step.model, tokenizer, world))
         stop_file = Path(config.log.dir) / STOP_FILE if config.log.dir and world.launch.rank == 0 else None
         wish = stack.enter_context(StopWish(stop_file))
         if progress.step < config.train.steps:
@@ -221,22 +222,23 @@ def _open_sinks(config: RunConfig, progress: Progress) -> list[Sink]:
     return open_sinks(config.log, progress.step, to_dict(config))
 
 
-def _check_tokenizer(config: RunConfig, origin: Origin) -> dict[str, bytes]:
+def _check_tokenizer(config: RunConfig, origin: Origin, tokenizer: Path | None) -> dict[str, bytes]:
     """Compare data and model through the tokenizer, where there is one; returns the files to save along.
 
     They are read now: the checkpoint that a resumed run takes them from may soon be removed.
     """
     carried = {} if origin.source is None else origin.source.carried()
-    check_tokenizer(data_prefixes(config.data), _tokenizer_path(config, origin), origin.model.vocab_size)
-    if config.tokenizer.path is not None:
-        carried |= read_carried(load_tokenizer(config.tokenizer.path).files)
+    check_tokenizer(data_prefixes(config.data), tokenizer, origin.model.vocab_size)
+    if config.tokenizer.path is not None and tokenizer is not None:
+        carried |= read_carried(load_tokenizer(tokenizer).files)
     return carried
 
 
-def _tokenizer_path(config: RunConfig, origin: Origin) -> Path | None:
+def _find_tokenizer(config: RunConfig, origin: Origin, world: World) -> Path | None:
     """The tokenizer that is named, or that of the model folder; None where neither is there."""
     if config.tokenizer.path is not None:
-        return Path(config.tokenizer.path)
+        path = config.tokenizer.path
+        return Path(world.once_per_machine(lambda: str(local_tokenizer(path))))
     return None if origin.source is None else find_tokenizer(origin.source.folder)
 
 
@@ -299,22 +301,37 @@ def open_loader(
 
 
 def _validation(
-    config: RunConfig, plan: Plan, origin: Origin, model: Transformer | ChunkedTransformer, world: World
+    config: RunConfig,
+    plan: Plan,
+    origin: Origin,
+    model: Transformer | ChunkedTransformer,
+    tokenizer: Path | None,
+    world: World,
 ) -> Callable[[], Evaluation] | None:
     """A function that evaluates the fixed validation sets; None where none are asked for."""
-    return None if config.evaluate.interval is None else _evaluation(config, plan, origin, model, world)
+    return None if config.evaluate.interval is None else _evaluation(config, plan, origin, model, tokenizer, world)
 
 
 def _test(
-    config: RunConfig, plan: Plan, origin: Origin, model: Transformer | ChunkedTransformer, world: World
+    config: RunConfig,
+    plan: Plan,
+    origin: Origin,
+    model: Transformer | ChunkedTransformer,
+    tokenizer: Path | None,
+    world: World,
 ) -> Callable[[], Evaluation] | None:
     """A function that evaluates the test data; None where there are none."""
     tested = test_config(config)
-    return None if tested is None else _evaluation(tested, plan, origin, model, world)
+    return None if tested is None else _evaluation(tested, plan, origin, model, tokenizer, world)
 
 
 def _evaluation(
-    config: RunConfig, plan: Plan, origin: Origin, model: Transformer | ChunkedTransformer, world: World
+    config: RunConfig,
+    plan: Plan,
+    origin: Origin,
+    model: Transformer | ChunkedTransformer,
+    tokenizer: Path | None,
+    world: World,
 ) -> Callable[[], Evaluation] | None:
     """A function that evaluates data.validation; None where there is none."""
     datasets = validation_sets(
@@ -325,7 +342,7 @@ def _evaluation(
     )
     if not datasets:
         return None
-    markers = find_markers(config, _tokenizer_path(config, origin))
+    markers = find_markers(config, tokenizer)
 
     def run() -> Evaluation:
         return evaluate_parts(

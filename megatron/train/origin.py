@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.check import check_weights
+from megatron.checkpoint.hub import fetch_config, local_folder, local_folder_together
 from megatron.checkpoint.huggingface import MODEL_CONFIG, read_config
 from megatron.checkpoint.manager import newest_checkpoint, warn_ignored
 from megatron.checkpoint.native import MANIFEST, step_of
@@ -21,6 +22,7 @@ from megatron.model.specs import canonical_shapes
 from megatron.parallel.world import World
 from megatron.train.verify import describe_damage, find_damage, refuse_damage
 from megatron.utils.errors import CheckpointError, ConfigError
+from megatron.utils.hub import parse_address
 from megatron.utils.units import format_count
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
@@ -51,9 +53,9 @@ def describe_model(config: RunConfig) -> tuple[ModelConfig, str]:
     Of a Hugging Face model its `config.json` is enough; where `model.init_from` names no folder here, what `model.*`
     states. Raises ConfigError as `find_origin`.
     """
-    path = config.checkpoint.load or config.model.init_from
-    if path is not None and Path(path).exists():
-        return ModelConfig.from_huggingface(_model_config(Path(path))), Path(path).name
+    path = _path_of_model(config)
+    if path is not None:
+        return ModelConfig.from_huggingface(_model_config(path)), Path(path).name
     model = _from_settings(config.model).model
     return model, f"a model of {format_count(model.num_parameters)} parameters"
 
@@ -61,14 +63,25 @@ def describe_model(config: RunConfig) -> tuple[ModelConfig, str]:
 def shrunk_model(config: RunConfig) -> ModelConfig:
     """The model that a configuration speaks of, with what it states put in place of what its source has: for trying a
     smaller one. Raises ConfigError where nothing says what the model is."""
-    path = config.checkpoint.load or config.model.init_from
-    if path is None or not Path(path).exists():
+    path = _path_of_model(config)
+    if path is None:
         return _from_settings(config.model).model
-    return ModelConfig.from_huggingface({**_model_config(Path(path)), **_stated(config.model)})
+    return ModelConfig.from_huggingface({**_model_config(path), **_stated(config.model)})
 
 
-def _model_config(folder: Path) -> dict[str, Any]:
+def _path_of_model(config: RunConfig) -> str | None:
+    """The folder here, or the address, of what a run starts from."""
+    path = config.checkpoint.load or config.model.init_from
+    return path if path is not None and (parse_address(path) or Path(path).exists()) else None
+
+
+def _model_config(path: str) -> dict[str, Any]:
     """The content of `config.json` of a model or checkpoint, or of a folder that holds nothing else of a model."""
+    repository = parse_address(path)
+    content = None if repository is None else fetch_config(repository)
+    if content is not None:
+        return content
+    folder = local_folder(path)
     alone = (folder / MODEL_CONFIG).is_file() and not (folder / MANIFEST).exists()
     if alone and not any(child.is_dir() or child.suffix in _WEIGHTS for child in folder.iterdir()):
         return read_config(folder)
@@ -89,7 +102,8 @@ def find_origin(config: RunConfig, world: World) -> Origin:
     path = config.checkpoint.load or config.model.init_from
     if path is None:
         return world.agree(lambda: _from_settings(config.model))
-    origin = world.agree(lambda: _from_source(path, config.model, resume=config.checkpoint.load is not None))
+    folder = local_folder_together(path, world)
+    origin = world.agree(lambda: _from_source(folder, config.model, resume=config.checkpoint.load is not None))
     source = origin.source
     if source is not None and source.manifest is not None:  # a Hugging Face folder has no checksums
         unread = () if origin.resume else source.files("exp_avg", "exp_avg_sq")
@@ -126,7 +140,7 @@ def _nothing_sound(save: Path) -> CheckpointError:
     )
 
 
-def _from_source(path: str, settings: ModelSettings, *, resume: bool) -> Origin:
+def _from_source(path: str | Path, settings: ModelSettings, *, resume: bool) -> Origin:
     source = open_source(path)
     if resume and not (source.state and source.has_optimizer):
         raise CheckpointError(

@@ -18,6 +18,7 @@ import torch
 
 from megatron.checkpoint.check import check_weights
 from megatron.checkpoint.convert import convert
+from megatron.checkpoint.hub import local_folder
 from megatron.checkpoint.huggingface import is_huggingface
 from megatron.checkpoint.source import open_source
 from megatron.checkpoint.weights import load_weights
@@ -207,6 +208,7 @@ def _hidden_states(model: Transformer) -> Iterator[Sequence[torch.Tensor]]:
 
 def agreements(folder: Path, reference: Path, wish: Wish) -> Iterator[Agreement]:
     """The agreement of each batch. Raises as `Comparer` and `read_batches`."""
+    folder, reference = local_folder(folder), local_folder(reference)
     with open_source(folder) as first, open_source(reference) as second:
         folders = [source.tokenizer_folder for source in (second, first)]
     comparer = Comparer(folder, reference, wish.device)

@@ -96,7 +96,7 @@ def test_damage_is_found_on_request(trained: Path, capsys) -> None:
     file.write_bytes(content)
     assert main(["inspect", str(trained)]) == 0
     assert main(["inspect", str(trained), "--verify"]) == 2
-    assert "the checksum of optimizer-exp_avg-00001.safetensors is not the one" in capsys.readouterr().err
+    assert "optimizer-exp_avg-00001.safetensors is damaged: its checksum is not the one" in capsys.readouterr().err
 
 
 def test_a_huggingface_folder(shared: Path, capsys) -> None:

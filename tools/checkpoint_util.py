@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file it sees only its own folder
 
-from megatron.checkpoint.megatron_llm import find_megatron
+from megatron.checkpoint.megatron_llm import MegatronFolder, find_megatron, states_vocabulary
 from megatron.tokenizer import load_tokenizer
 from megatron.utils.errors import ConfigError
 from megatron.utils.logging import get_logger
@@ -43,8 +43,8 @@ def words_of_verb(words: Sequence[str]) -> list[str]:
         raise ConfigError("--model_type BERT: models here predict the next token, and no masked ones")
     source = Path(arguments.load_dir)
     source = source if arguments.load_iters is None else checkpoint_of_step(source, arguments.load_iters)
-    _check_vocabulary(source, arguments.true_vocab_size, arguments.vocab_file)
     found = find_megatron(source) if source.is_dir() else None
+    vocabulary = _vocabulary(source, found, arguments.true_vocab_size, arguments.vocab_file)
     grid = (1, 1) if found is None else found.grid
     tensor = arguments.target_tensor_parallel_size or grid[0]
     pipeline = arguments.target_pipeline_parallel_size or grid[1]
@@ -54,20 +54,30 @@ def words_of_verb(words: Sequence[str]) -> list[str]:
         arguments.save_dir,
         *("--to", "megatron-llm", "--tensor", str(tensor), "--pipeline", str(pipeline)),
         *(["--dtype", "bf16"] if arguments.bf16 else []),
+        *vocabulary,
     ]
 
 
-def _check_vocabulary(source: Path, stated: int | None, vocabulary: str | None) -> None:
-    """Hold the number of tokens that is stated against the model's: padding comes and goes by itself."""
+def _vocabulary(source: Path, found: MegatronFolder | None, stated: int | None, vocabulary: str | None) -> list[str]:
+    """What makes the vocabulary as large as is stated, as words of the verb.
+
+    Rows are added as Megatron-LLM's resharder does, as copies of the last. They are left out where nothing says that
+    they are tokens: of a checkpoint of theirs, which knows its padded size alone.
+    """
     model = read_model(source)
     if stated is None and vocabulary is not None:
-        stated = load_tokenizer(vocabulary).vocab_size
-    if stated is not None and stated != model.vocab_size:
+        stated = max(load_tokenizer(vocabulary).vocab_size, model.vocab_size)
+    if stated is None or stated == model.vocab_size:
+        return []
+    if stated > model.vocab_size:
+        return ["--vocab-size", str(stated), "--initialize", "copy"]
+    if found is None or states_vocabulary(found):
         raise ConfigError(
-            f"--true_vocab_size {stated}, but {source} holds {model.vocab_size} tokens without padding. Leave it out "
-            "to keep these. Where that number is a padded one (of a checkpoint of Megatron-LLM's resharder), put the "
-            f"model's config.json with vocab_size {stated} into its folder"
+            f"--true_vocab_size {stated}, but {source} holds {model.vocab_size} tokens without padding, and the last "
+            f"{model.vocab_size - stated} would be lost. Leave it out to keep them, or cut the model on purpose: "
+            f"megatron convert {source} FOLDER --vocab-size {stated}"
         )
+    return ["--vocab-size", str(stated)]
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file it sees only its own folder
 
 from megatron.utils.errors import ConfigError
-from megatron.utils.logging import get_logger
 from tools.megatron_llm_flags import Parser, choose_tokenizer, run_tool
-from tools.weights import check_fits, read_model, write_tokenizer
-
-_logger = get_logger("megatron.megatron_to_hf")
+from tools.weights import bytes_for_files, check_fits, read_model, write_tokenizer
 
 _SPECIAL = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
 
@@ -24,7 +21,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser("write a checkpoint in Hugging Face's format")
     parser.add_argument("--input_dir", required=True, help="checkpoint of Megatron-LLM or of a run of ours")
     parser.add_argument("--output_dir", required=True, help="folder to write")
-    parser.add_argument("--num_output_shards", type=int, default=1, help="accepted: files are cut by their size")
+    parser.add_argument("--num_output_shards", type=int, metavar="N", help="files at most (default: by size)")
     parser.add_argument("--model", choices=("llama", "llama2", "codellama", "mistral", "falcon"), help="family")
     parser.add_argument("--cache_dir", help="Hugging Face cache or folder, for the tokenizer")
     parser.add_argument("--vocab_file", help="tokenizer (default: the checkpoint's)")
@@ -40,15 +37,17 @@ def words_of_verb(words: Sequence[str]) -> list[str]:
     family = "llama" if arguments.model in ("llama2", "codellama") else arguments.model
     if family not in (None, model.model_type):
         raise ConfigError(f"--model {arguments.model}: {arguments.input_dir} holds a model of {model.model_type}")
-    if arguments.num_output_shards > 1:
-        _logger.info("--num_output_shards %d: files are cut by their size", arguments.num_output_shards)
+    files = arguments.num_output_shards
+    if files is not None and files < 1:
+        raise ConfigError(f"--num_output_shards {files} must be at least 1")
     special = _special(arguments)
     path = _vocabulary(arguments)
     if path is not None:
         check_fits(path, _extra(arguments, path), model)
     elif special or arguments.vocab_extra_ids_list:
         raise ConfigError("--vocab_extra_ids_list, --override_special_tokens: give --vocab_file, whose they are")
-    return ["convert", arguments.input_dir, arguments.output_dir, "--to", "hf"]
+    shards = [] if files is None else ["--max-shard-size", str(bytes_for_files(arguments.input_dir, files))]
+    return ["convert", arguments.input_dir, arguments.output_dir, "--to", "hf", *shards]
 
 
 def finish(words: Sequence[str]) -> None:

@@ -62,14 +62,16 @@ def convert(
     pipeline: int | None = None,
     dtype: torch.dtype | None = None,
     extension: Extension | None = None,
+    file_bytes: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Conversion:
     """Write the model at `source_path` (anything that `open_source` takes) to `destination` in a format.
 
     `to` is native unless told, and Hugging Face's for a native source. `tensor` and `pipeline` cut the files as that
-    grid would hold them (native ones load on any grid all the same). `dtype` casts the weights, `extension` adds tokens
-    to the vocabulary. The destination must be new or empty; it appears once it is whole, and not at all after an error.
-    After an interruption the same call goes on with the files that are not finished.
+    grid would hold them (native ones load on any grid all the same). `dtype` casts the weights, `extension` changes the
+    vocabulary, `file_bytes` is the most that a file holds which is not cut for a grid, unless one tensor is larger. The
+    destination must be new or empty; it appears once it is whole, and not at all after an error. After an interruption
+    the same call goes on with the files that are not finished.
 
     Raises CheckpointError and, for a request that cannot be, ConfigError.
     """
@@ -82,10 +84,10 @@ def convert(
         config = ModelConfig.from_huggingface(source.model_config)
         shapes = canonical_shapes(config)
         dtypes = {name: dtype or source.dtype(name) for name in shapes}
-        request = Request(source, config, dtypes, _stated_dtype(source, dtypes, dtype), tensor, pipeline)
+        request = Request(source, config, dtypes, _stated_dtype(source, dtypes, dtype), tensor, pipeline, file_bytes)
         target = make_target(to, request)
         total_bytes = sum(file.size_bytes for file in target.files)
-        identity = _identity(source, to, tensor, pipeline, dtype, extension)
+        identity = _identity(source, to, tensor, pipeline, dtype, extension, file_bytes)
         with _new_folder(destination, identity) as folder, _checked(source):
             copier = Copier(source, folder, target.files, progress)
             check_space(folder, copier.missing_bytes)

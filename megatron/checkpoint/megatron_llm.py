@@ -78,6 +78,14 @@ def newest_folder(path: Path) -> str:
     return word if word == "release" else f"iter_{int(word):07d}"
 
 
+def states_vocabulary(found: MegatronFolder) -> bool:
+    """Whether it is said how many rows of the vocabulary are tokens; where not, the last may be padding."""
+    if (found.root / MODEL_CONFIG).is_file():
+        return True
+    with TorchReader(found.files[0, 0]) as reader:
+        return bool(_arguments(reader).get("true_vocab_size"))
+
+
 def index_megatron(
     found: MegatronFolder,
 ) -> tuple[dict[str, dict[str, StoredTensor]], list[str], dict[str, Any], dict[str, Any] | None]:
@@ -277,7 +285,6 @@ def config_of_arguments(arguments: Mapping[str, Any], padded: int) -> dict[str, 
         if arguments.get("use_rms_norm"):
             raise ValueError("use_rms_norm without glu_activation")
         return {
-            "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
             "vocab_size": vocabulary,
             "n_embd": hidden,
@@ -296,7 +303,6 @@ def config_of_arguments(arguments: Mapping[str, Any], padded: int) -> dict[str, 
     window = arguments.get("sliding_window_size")
     scaling = float(arguments.get("rope_scaling_factor") or 1.0)
     config: dict[str, Any] = {
-        "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
         "model_type": "mistral" if window else "llama",
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -336,7 +342,6 @@ def _falcon(
     keys = int(arguments.get("num_attention_heads_kv") or heads)
     new = bool(arguments.get("parallel_layernorm")) or keys not in (1, heads)
     return {
-        "architectures": ["FalconForCausalLM"],
         "model_type": "falcon",
         "vocab_size": vocabulary,
         "hidden_size": hidden,

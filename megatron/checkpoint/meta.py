@@ -114,7 +114,6 @@ def config_of(
         inner = sum(shape[0] for shape in shapes["layers.0.feed_forward.w1.weight"])
         vocabulary = sum(shape[0] for shape in shapes["output.weight"])
         config = {
-            "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": vocabulary,
             "hidden_size": hidden,

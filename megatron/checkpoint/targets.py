@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,13 +28,14 @@ from megatron.checkpoint.megatron_llm import LATEST, arguments_of, file_content,
 from megatron.checkpoint.meta import PARAMS, meta_files, params_of
 from megatron.checkpoint.native import weights_file, write_carried, write_manifest
 from megatron.checkpoint.source import Format, Source
+from megatron.checkpoint.special_ids import complete_ids, write_generation
 from megatron.model.config import ModelConfig, spell_for_both
 from megatron.model.specs import canonical_shapes, rank_specs
 from megatron.parallel.layout import Region
 from megatron.utils.errors import ConfigError
 from megatron.utils.files import write_atomically
 
-FILE_BYTES = 4 * 10**9  # of a file that is not cut for a grid, unless one tensor is larger
+FILE_BYTES = 4 * 10**9  # of a file that is not cut for a grid, unless one tensor is larger or another size is asked for
 
 Finish = Callable[[Path, Mapping[str, Written]], None]
 
@@ -57,6 +59,7 @@ class Request:
     stated_dtype: str
     tensor: int | None
     pipeline: int | None
+    file_bytes: int | None = None  # of a file that is not cut for a grid
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -66,11 +69,13 @@ class Request:
     def model_config(self) -> dict[str, Any]:
         return spell_for_both(self.source.model_config, self.stated_dtype)
 
-    def write_config(self, folder: Path) -> None:
-        """Carry `config.json` over, byte for byte if it already says all that every reader looks for."""
+    def write_config(self, folder: Path, config: Mapping[str, Any] | None = None) -> None:
+        """Carry `config.json` over (or what was made of it), byte for byte if it already says all that every reader
+        looks for."""
+        config = self.model_config if config is None else config
         path = self.source.folder / MODEL_CONFIG
-        as_it_is = path.is_file() and self.model_config == read_config(self.source.folder)
-        write_atomically(folder / MODEL_CONFIG, path.read_bytes() if as_it_is else config_text(self.model_config))
+        as_it_is = path.is_file() and config == read_config(self.source.folder)
+        write_atomically(folder / MODEL_CONFIG, path.read_bytes() if as_it_is else config_text(config))
 
     def write_carried(self, folder: Path) -> list[str]:
         """Carry tokenizer and other files over; returns their names."""
@@ -81,6 +86,9 @@ class Request:
 
 def make_target(to: Format, request: Request) -> Target:
     """Plan a conversion; raises ConfigError for what the format cannot hold."""
+    by_rank = to in ("meta", "megatron-llm") or request.tensor or request.pipeline
+    if request.file_bytes is not None and by_rank:
+        raise ConfigError("--max-shard-size cuts Hugging Face's files and uncut native ones; these are cut by ranks.")
     return {
         "huggingface": _huggingface,
         "native": _native,
@@ -103,8 +111,10 @@ def _huggingface(request: Request) -> Target:
             weight_map = {tensor.key: file.name for file in files for tensor in file.tensors}
             total_bytes = sum(file.size_bytes for file in files)
             write_atomically(folder / SHARD_INDEX, shard_index_text(weight_map, total_bytes))
-        request.write_config(folder)
         request.write_carried(folder)
+        config = complete_ids(request.model_config, folder)
+        request.write_config(folder, config)
+        write_generation(folder, config)
 
     return Target(files, finish, checksums=False)
 
@@ -162,17 +172,29 @@ def _as_piece(tensor: FileTensor, file: str) -> list[tuple[str, StoredPiece]]:
 
 
 def _cut_by_size(request: Request) -> list[list[FileTensor]]:
-    """Whole tensors in the model's order, in files of at most FILE_BYTES."""
-    parts: list[list[FileTensor]] = []
-    room = 0
-    for name, shape in canonical_shapes(request.config).items():
-        tensor = whole(Region.whole(name, shape), name, request.dtypes[name])
-        if not parts or tensor.size_bytes > room:
-            parts.append([])
-            room = FILE_BYTES
-        parts[-1].append(tensor)
-        room -= tensor.size_bytes
-    return parts
+    """Whole tensors in the model's order, in files of at most so many bytes as are asked for."""
+    tensors = [
+        whole(Region.whole(name, shape), name, request.dtypes[name])
+        for name, shape in canonical_shapes(request.config).items()
+    ]
+    parts = pack([tensor.size_bytes for tensor in tensors], request.file_bytes or FILE_BYTES)
+    return [[tensors[number] for number in part] for part in parts]
+
+
+def pack(sizes: Sequence[int], limit: int) -> list[range]:
+    """Which of the things of these sizes, in order, go together so that no sum passes the limit where it need not."""
+    firsts, room = [], 0
+    for number, size in enumerate(sizes):
+        if not firsts or size > room:
+            firsts.append(number)
+            room = limit
+        room -= size
+    return [range(first, stop) for first, stop in zip(firsts, [*firsts[1:], len(sizes)], strict=True)]
+
+
+def limit_for(sizes: Sequence[int], parts: int) -> int:
+    """The least limit under which `pack` makes at most so many parts."""
+    return bisect_left(range(sum(sizes)), True, lo=max(sizes), key=lambda limit: len(pack(sizes, limit)) <= parts)
 
 
 def _cut_for_grid(request: Request) -> list[list[FileTensor]]:

@@ -1,4 +1,4 @@
-"""A model with tokens added to its vocabulary, as a source like any other: more rows, a tokenizer that knows them.
+"""A model with another vocabulary, as a source like any other: more rows and a tokenizer that knows them, or fewer.
 
 Only rows past those of the model are made up. It must not know what is written, nor how.
 """
@@ -16,6 +16,7 @@ from megatron.checkpoint.strided import BLOCK_BYTES
 from megatron.model.families import family_of
 from megatron.model.initialize import fill_region
 from megatron.parallel.layout import Region
+from megatron.tokenizer import find_tokenizer, load_tokenizer
 from megatron.tokenizer.extend import extend_tokenizer
 from megatron.tokenizer.tokenizer import Tokenizer
 from megatron.utils.errors import ConfigError, DataError
@@ -29,14 +30,16 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Extension:
-    """Tokens to add, and what their rows of embedding and output layer begin as.
+    """Tokens to add, and what their rows of embedding and output layer begin as. `size` is how many rows these have
+    in the end (None: as many as the model or its tokens need); what is beyond it is left out.
 
     `mean`: the mean of the model's rows. `normal`: drawn with the mean and the standard deviation of each column over
     them, the same at each call. `copy`: the last row, as Megatron-LLM's resharder has it.
     """
 
-    tokens: tuple[str, ...]
+    tokens: tuple[str, ...] = ()
     initialization: Initialization = "mean"
+    size: int | None = None
 
 
 class ExtendedSource(Source):
@@ -44,13 +47,14 @@ class ExtendedSource(Source):
 
     def __init__(self, source: Source, extension: Extension) -> None:
         """Raises ConfigError and CheckpointError; the weights are known to be those of the model."""
-        folder = source.tokenizer_files[0].parent if source.tokenizer_files else source.folder
-        try:
-            before, after, self._tokenizer_content = extend_tokenizer(folder, extension.tokens)
-        except DataError as error:
-            raise ConfigError(f"--extra-tokens: {error}") from error
         self.old_size = int(source.model_config["vocab_size"])
-        self.new_size = max(self.old_size, after.vocab_size)
+        tokens, self._tokenizer_content = _extended_tokenizer(source, extension, self.old_size)
+        self.new_size = extension.size or max(self.old_size, tokens)
+        if self.new_size < tokens:
+            raise ConfigError(
+                f"--vocab-size {self.new_size}: the tokenizer has {tokens} tokens, each of which needs a row; give "
+                f"{tokens} or more."
+            )
         super().__init__(
             source.folder,
             source.index,
@@ -63,18 +67,18 @@ class ExtendedSource(Source):
         self.tokenizer_files = source.tokenizer_files
         family, held = family_of(self.model_config), source.shapes()
         names = [name for name in (f"{family.embedding}.weight", f"{family.head}.weight") if name in held]
+        self._names = frozenset(names if self.new_size != self.old_size else ())
         rows = _INITIAL[extension.initialization]
-        added = self.new_size > self.old_size
-        self._rows = {name: rows(source, name, held[name]) for name in names if added}
-        _tell(before, after, self.old_size, extension)
+        self._rows = {name: rows(source, name, held[name]) for name in self._names if self.new_size > self.old_size}
+        _tell_rows(self.old_size, self.new_size)
 
     def shapes(self, kind: str = "weights") -> dict[str, tuple[int, ...]]:
         found = super().shapes(kind)
-        extended = {name: (self.new_size, *found[name][1:]) for name in self._rows if name in found}
+        extended = {name: (self.new_size, *found[name][1:]) for name in self._names if name in found}
         return {**found, **extended}
 
     def read(self, region: Region, out: torch.Tensor, kind: str = "weights") -> None:
-        if region.name not in self._rows:
+        if region.name not in self._names:
             super().read(region, out, kind)
             return
         first, count = region.start[0], region.size[0]
@@ -90,6 +94,27 @@ class ExtendedSource(Source):
 
     def carried(self) -> dict[str, bytes]:
         return {**super().carried(), **self._tokenizer_content}
+
+
+def _extended_tokenizer(source: Source, extension: Extension, rows: int) -> tuple[int, dict[str, bytes]]:
+    """How many tokens the tokenizer has with those that are added (0: there is none), and its files that change."""
+    folder = source.tokenizer_files[0].parent if source.tokenizer_files else source.folder
+    if not extension.tokens:
+        file = find_tokenizer(folder)
+        return (0 if file is None else load_tokenizer(file).vocab_size), {}
+    try:
+        before, after, files = extend_tokenizer(folder, extension.tokens)
+    except DataError as error:
+        raise ConfigError(f"--extra-tokens: {error}") from error
+    _tell(before, after, rows, extension)
+    return after.vocab_size, files
+
+
+def _tell_rows(before: int, after: int) -> None:
+    if after < before:
+        _logger.warning("rows %s to %s of the vocabulary are left out: no token is theirs", after, before - 1)
+    elif after > before:
+        _logger.info("rows of the vocabulary: %s -> %s", f"{before:,}", f"{after:,}")
 
 
 def _tell(before: Tokenizer, after: Tokenizer, old_size: int, extension: Extension) -> None:

@@ -50,7 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--initialize",
         choices=("mean", "normal", "copy"),
-        help="rows of added tokens: the mean of the model's (default), drawn around it, or copies of the last",
+        help="added rows: the mean of the model's (default), drawn around it, or copies of the last",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="rows of embedding and output layer (default: as many as there are, or as the added tokens need)",
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="most that a file holds, as 500MB or 5GiB (default: 4GB)"
     )
 
 
@@ -95,6 +104,7 @@ def _convert(arguments: argparse.Namespace, destination: Path) -> int:
             pipeline=arguments.pipeline,
             dtype=DTYPES.get(arguments.dtype),
             extension=_extension(arguments),
+            file_bytes=None if arguments.max_shard_size is None else _size(arguments.max_shard_size),
             progress=line.show,
         )
     finally:
@@ -127,13 +137,26 @@ def _extension(arguments: argparse.Namespace) -> Extension | None:
     from megatron.tokenizer import read_extra_tokens
     from megatron.utils.errors import ConfigError
 
-    if arguments.extra_tokens is None:
+    if arguments.extra_tokens is None and arguments.vocab_size is None:
         if arguments.initialize is not None:
-            raise ConfigError("--initialize is for the tokens of --extra-tokens: name them, or leave it out.")
+            raise ConfigError("--initialize is for the rows of --extra-tokens or --vocab-size: give one of them.")
         return None
     if arguments.verify is not None:
         raise ConfigError(
-            "--verify compares a model with the same model, and --extra-tokens makes another: convert with the tokens "
-            "first, then verify a conversion of the result."
+            "--verify compares a model with the same model, and another vocabulary makes another: convert first, then "
+            "verify a conversion of the result."
         )
-    return Extension(tuple(read_extra_tokens(arguments.extra_tokens)), arguments.initialize or "mean")
+    if arguments.vocab_size is not None and arguments.vocab_size < 1:
+        raise ConfigError(f"--vocab-size {arguments.vocab_size} must be at least 1.")
+    tokens = () if arguments.extra_tokens is None else tuple(read_extra_tokens(arguments.extra_tokens))
+    return Extension(tokens, arguments.initialize or "mean", arguments.vocab_size)
+
+
+def _size(text: str) -> int:
+    from megatron.utils.errors import ConfigError
+    from megatron.utils.units import parse_bytes
+
+    count = parse_bytes(text)
+    if count is None:
+        raise ConfigError(f"--max-shard-size {text!r} is no size: give bytes, or a number with MB, GB, MiB or GiB.")
+    return count

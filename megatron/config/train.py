@@ -16,6 +16,18 @@ class TrainConfig:
     """The training loop. Batches are counted in sequences."""
 
     steps: int = key(100, "Step at which the run ends, counted from the very first start.", minimum=1)
+    exit_interval: int | None = key(
+        None,
+        "The run saves and ends for now, with exit code 0, after each step that is a multiple of this; the same "
+        "command goes on.",
+        minimum=1,
+    )
+    exit_minutes: float | None = key(
+        None,
+        "The same after the step in which the program has run for so many minutes, the time to start counted: less "
+        "than a job's limit by a step and a save.",
+        above=0.0,
+    )
     global_batch: GlobalBatch = key(
         8,
         "Sequences per step over all ranks: a number, or for a ramp pairs of (from so many tokens on, number), as "

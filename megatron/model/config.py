@@ -164,8 +164,10 @@ class ModelConfig:
 
 
 def spell_for_both(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The content of a `config.json` with everything spelled for transformers 4 and 5 alike, and the dtype stated.
+    """The content of a `config.json` with everything spelled for transformers 4 and 5 alike, and the dtype and the
+    class of the model stated, by which vLLM and llama.cpp's converter choose theirs.
 
     Every other key stays as it was. A reader that finds only the other's spelling takes its default instead, silently.
     """
-    return {**family_of(config).spell(config), "torch_dtype": dtype, "dtype": dtype}
+    family = family_of(config)
+    return {**family.spell(config), "architectures": [family.architecture], "torch_dtype": dtype, "dtype": dtype}

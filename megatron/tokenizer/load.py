@@ -119,7 +119,7 @@ def _open(file: Path, content: bytes) -> tuple[Backend, dict[str, int]]:
     """The backend of a file, told by its content, and the added tokens beside it that it does not know."""
     folder = file.parent
     if content.lstrip()[:1] == b"{":
-        bos, eos = (_sentence_token(folder, name) for name in ("bos_token", "eos_token"))
+        bos, eos = (named_token(folder, name) for name in ("bos_token", "eos_token"))
         if merges := gpt2.find_merges(file):
             content = gpt2.combine(file, content, merges)
             bos, eos = bos or gpt2.END_OF_TEXT, eos or gpt2.END_OF_TEXT
@@ -146,10 +146,11 @@ def _added_tokens(folder: Path, pieces: dict[int, str]) -> dict[str, int]:
 
 
 def _sentence_tokens(folder: Path) -> set[str | None]:
-    return {_sentence_token(folder, "bos_token"), _sentence_token(folder, "eos_token")}
+    return {named_token(folder, "bos_token"), named_token(folder, "eos_token")}
 
 
-def _sentence_token(folder: Path, name: str) -> str | None:
+def named_token(folder: Path, name: str) -> str | None:
+    """The token that the files beside a tokenizer give a name such as `pad_token`."""
     for file in (CONFIG, _SPECIAL):
         token = read_json(folder / file).get(name)
         if token is not None:

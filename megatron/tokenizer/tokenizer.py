@@ -109,6 +109,7 @@ class Tokenizer:
         self.vocab_size = max(self._pieces, default=-1) + 1
         self.bos_id = backend.bos_id
         self.eos_id = backend.eos_id
+        self.special_ids = frozenset(literal_ids.values())  # of tokens that stand for no text
         self.files = list(files)
 
     @property

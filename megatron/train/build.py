@@ -162,11 +162,11 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         validate = world.agree(lambda: _validation(config, plan, origin, step.model, tokenizer, world))
         test = world.agree(lambda: _test(config, plan, origin, step.model, tokenizer, world))
         stop_file = Path(config.log.dir) / STOP_FILE if config.log.dir and world.launch.rank == 0 else None
-        wish = stack.enter_context(StopWish(stop_file))
+        wish = stack.enter_context(StopWish(stop_file, config.train.exit_interval, config.train.exit_minutes))
         if progress.step < config.train.steps:
             _describe_run(config, plan, origin, step, world, progress)
 
-        lines = open_lines(config, world, plan.ramp, plan.decay_steps, progress)
+        lines = stack.enter_context(open_lines(config, world, plan.ramp, plan.decay_steps, progress, sinks))
         save = told_save(config, lines, lambda: checkpoints.save(step, progress), progress)
         hooks = build_hooks(
             config,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 from megatron.config.batches import Ramp
 from megatron.config.run import RunConfig
@@ -11,6 +12,7 @@ from megatron.parallel.world import World
 from megatron.train.datasets import count_documents
 from megatron.train.hooks import Hook, Report, Save, Test
 from megatron.train.megatron_lines import MegatronLines
+from megatron.train.megatron_tags import open_tags
 from megatron.train.metrics import Metrics
 from megatron.train.sinks import Sink
 from megatron.train.state import Progress
@@ -48,15 +50,22 @@ def build_hooks(
     return hooks if test is None else [*hooks, Test(metrics, sinks, test)]
 
 
+@contextmanager
 def open_lines(
-    config: RunConfig, world: World, ramp: Ramp, decay_steps: int, progress: Progress
-) -> MegatronLines | None:
-    """Megatron-LLM's log lines, where `log.megatron_llm` asks for them; those of the beginning are printed."""
+    config: RunConfig, world: World, ramp: Ramp, decay_steps: int, progress: Progress, sinks: Sequence[Sink]
+) -> Iterator[MegatronLines | None]:
+    """Megatron-LLM's log lines, where `log.megatron_llm` asks for them, and its tags beside what goes to `sinks`; the
+    lines of the beginning are printed."""
     if not config.log.megatron_llm or progress.step >= config.train.steps:
-        return None
-    lines = MegatronLines(config, world, ramp, decay_steps, progress)
-    lines.begin(world.agree(lambda: count_documents(config)))
-    return lines
+        yield None
+        return
+    with ExitStack() as stack:
+        tags = world.agree(lambda: open_tags(config.log, sinks) if world.launch.rank == 0 else None)
+        if tags is not None:
+            stack.callback(tags.close)
+        lines = MegatronLines(config, world, ramp, decay_steps, progress, tags)
+        lines.begin(world.agree(lambda: count_documents(config)))
+        yield lines
 
 
 def told_save(
@@ -86,7 +95,7 @@ def _told_validation(config: RunConfig, lines: MegatronLines, validate: Evaluate
     def run() -> Evaluation:
         evaluation = timed()
         if progress.step % interval == 0:
-            lines.evaluated(evaluation, f"iteration {progress.step}")
+            lines.validated(evaluation, progress)
         if progress.step == config.train.steps:
             lines.evaluated(evaluation, "the end of training for val data")
         return evaluation

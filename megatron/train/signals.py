@@ -1,4 +1,4 @@
-"""Stopping together: signals and the stop file make a wish, a vote makes it everybody's decision.
+"""Stopping together: signals, the stop file and the configuration make a wish, a vote makes it everybody's decision.
 
 The vote is taken while a GPU still computes the step, so it holds nothing up; all ranks stop after the same step.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from megatron.utils.environment import process_age_s
 from megatron.utils.logging import get_logger
 
 _logger = get_logger(__name__)
@@ -21,10 +22,15 @@ _SAME_WISH_S = 5.0
 
 
 class StopWish:
-    """Whether this process was asked to stop: by SIGTERM, Ctrl-C or, on the rank that looks for it, the stop file."""
+    """Whether this process was asked to stop: by SIGTERM, Ctrl-C or, on the rank that looks for it, the stop file; by
+    the configuration after every `exit_interval`-th step, and after `exit_minutes` of this process's life.
+    """
 
-    def __init__(self, stop_file: Path | None) -> None:
-        self._stop_file = stop_file
+    def __init__(
+        self, stop_file: Path | None, exit_interval: int | None = None, exit_minutes: float | None = None
+    ) -> None:
+        self._stop_file, self._exit_interval, self._exit_minutes = stop_file, exit_interval, exit_minutes
+        self._began_s = time.monotonic() - process_age_s()
         self._signalled_at: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self.reason = ""
@@ -40,8 +46,14 @@ class StopWish:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def wanted(self) -> bool:
-        """Whether to stop after the present step."""
+    def wanted(self, step: int) -> bool:
+        """Whether to stop after `step`, the present one."""
+        if self.reason == "" and self._exit_interval is not None and step % self._exit_interval == 0:
+            self.reason = f"train.exit_interval={self._exit_interval}"
+        if self.reason == "" and self._exit_minutes is not None:
+            minutes = (time.monotonic() - self._began_s) / 60
+            if minutes > self._exit_minutes:
+                self.reason = f"train.exit_minutes={self._exit_minutes:g} are over"
         if self.reason == "" and self._stop_file is not None and self._stop_file.exists():
             self.reason = f"found {self._stop_file}"
             # It has been heard; left there it would stop the next start as well.

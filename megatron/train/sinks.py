@@ -49,9 +49,9 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard in a folder."""
+    """Scalars for TensorBoard in a folder; those past the restored step are shown no more (None: left as they are)."""
 
-    def __init__(self, folder: Path, restored_step: int) -> None:
+    def __init__(self, folder: Path, restored_step: int | None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -59,7 +59,7 @@ class TensorBoard:
                 "log.tensorboard is on but TensorBoard is not installed: `pip install 'megatron-med[tensorboard]'`, "
                 "or turn it off."
             ) from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=restored_step + 1)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=None if restored_step is None else restored_step + 1)
 
     def write(self, step: int, figures: Mapping[str, float | int]) -> None:
         for name, value in figures.items():

@@ -57,7 +57,8 @@ class Trainer:
             outcome = self._train_on(batch)
             # While a GPU still computes the step, the next batch is fetched and the vote taken.
             upcoming, failure = self._fetch_next()
-            vote = self.world.vote(_FAILED if failure else _STOP if self.wish.wanted() else _GO_ON)
+            stop = self.wish.wanted(self.progress.step + 1)
+            vote = self.world.vote(_FAILED if failure else _STOP if stop else _GO_ON)
             samples = self.ramp.batch_at(self.progress.consumed_samples)
             self.progress.advance(samples, tokens)
             self._run_hooks(outcome)

@@ -6,8 +6,10 @@ It owns the names of `torchrun`'s variables. It must not know devices, process g
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.utils.errors import ConfigError
 
@@ -57,6 +59,16 @@ def read_launch() -> Launch:
             "and the local world size at most the world size; start the processes with torchrun"
         )
     return launch
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started; 0 where the system does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since the machine was started
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
 
 
 def _whole_number(name: str, value: str) -> int:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
 
 def format_bytes(count: float) -> str:
     """Bytes in binary units with at most one decimal: `512 B`, `1.5 GiB`."""
     size, unit = _scale(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), decimals=1)
     return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def parse_bytes(text: str) -> int | None:
+    """The bytes of a size as people write it (`5GB`, `1.5 GiB`, `4096`); None where it is none, or nothing."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
+    return int(float(match[1]) * _UNITS[match[2] or ""]) or None if match else None
 
 
 def format_count(count: float) -> str:

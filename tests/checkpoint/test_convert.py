@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import megatron
@@ -171,9 +173,8 @@ def test_the_real_model_round_trip(shared: Path, tmp_path: Path) -> None:
     assert same(read_all(tmp_path / "back"), read_all(model))
 
 
-def test_large_models_are_written_in_shards_with_an_index(model: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(targets, "FILE_BYTES", 4000)
-    done = convert(model, tmp_path / "sharded", to="huggingface")
+def test_large_models_are_written_in_shards_with_an_index(model: Path, tmp_path: Path) -> None:
+    done = convert(model, tmp_path / "sharded", to="huggingface", file_bytes=4000)
     files = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
     assert done.files == len(files) > 2
     assert files[0] == f"model-00001-of-{done.files:05d}.safetensors"
@@ -185,11 +186,19 @@ def test_large_models_are_written_in_shards_with_an_index(model: Path, tmp_path:
         assert all(index["weight_map"][name] == file for name in tensors)
         assert sum(tensor.nbytes for tensor in tensors.values()) <= 4000
     assert same(read_all(tmp_path / "sharded"), read_all(model))
-    convert(tmp_path / "sharded", tmp_path / "native")
+    convert(tmp_path / "sharded", tmp_path / "native", file_bytes=4000)
     assert len(list((tmp_path / "native").glob("weights-*.safetensors"))) == done.files
-    monkeypatch.undo()
     convert(tmp_path / "native", tmp_path / "back")
     assert same(read_all(tmp_path / "back"), read_all(model))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 30))
+def test_the_least_size_for_a_number_of_files(sizes: list[int], files: int) -> None:
+    limit = targets.limit_for(sizes, files)
+    parts = targets.pack(sizes, limit)
+    assert [number for part in parts for number in part] == list(range(len(sizes))) and len(parts) <= files
+    assert all(sum(sizes[number] for number in part) <= limit for part in parts)
+    assert limit == max(sizes) or len(targets.pack(sizes, limit - 1)) > files
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -412,6 +421,8 @@ def test_an_empty_folder_is_filled_and_another_is_not_touched(model: Path, tmp_p
 def test_requests_that_cannot_be(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="leave them out for Hugging Face"):
         convert(model, tmp_path / "out", to="huggingface", tensor=2)
+    with pytest.raises(ConfigError, match="these are cut by ranks"):
+        convert(model, tmp_path / "out", tensor=2, file_bytes=4000)
     with pytest.raises(ConfigError, match="at least 1"):
         convert(model, tmp_path / "out", tensor=0)
     with pytest.raises(ConfigError, match="3"):
@@ -426,6 +437,9 @@ def test_the_verb(model: Path, tmp_path: Path, capsys) -> None:
     assert main(["convert", native_folder, back, "--to", "hf", "--dtype", "fp32"]) == 0
     expected = {name: tensor.float() for name, tensor in read_all(model).items()}
     assert same(read_all(tmp_path / "back"), expected)
+    assert main(["convert", native_folder, str(tmp_path / "cut"), "--max-shard-size", "4kB"]) == 0
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 4
+    assert main(["convert", native_folder, str(tmp_path / "no"), "--max-shard-size", "four"]) == 2
     assert main(["convert", native_folder, back]) == 2
     assert "exists already" in capsys.readouterr().err
 

@@ -29,6 +29,13 @@ WAYS: dict[str, list[dict[str, Any]]] = {
     "megatron-llm": [{"to": "megatron-llm"}],
     "megatron-llm on a grid": [{"to": "megatron-llm", "tensor": 4, "pipeline": 5}],
     "megatron-llm to another grid": [{"to": "megatron-llm", "tensor": 2}, {"to": "megatron-llm", "pipeline": 5}],
+    "through all on grids of two": [
+        {"to": "native", "tensor": 2, "pipeline": 2},
+        {"to": "megatron-llm", "tensor": 2, "pipeline": 5},
+        {"to": "meta", "tensor": 2},
+        {"to": "huggingface"},
+        {"to": "native", "tensor": 2, "pipeline": 2},
+    ],
     "through all": [
         {"to": "meta", "tensor": 2},
         {"to": "megatron-llm", "tensor": 2, "pipeline": 5},
@@ -65,6 +72,8 @@ def test_golden_logits_through_every_format_and_grid(shared: Path, tmp_path: Pat
     for number, step in enumerate(WAYS[way]):
         convert(folder, tmp_path / str(number), **step)
         folder = tmp_path / str(number)
-    assert largest_deviation(folder, data) <= 1e-4
+    deviation = largest_deviation(folder, data)
+    print(f"{way}: largest difference from the golden logits {deviation:.2e}")
+    assert deviation <= 1e-4
     convert(folder, tmp_path / "back", to="huggingface")
     assert same(read_all(tmp_path / "back"), read_all(original))

@@ -139,13 +139,42 @@ def test_known_tokens_keep_their_ids_and_rows_that_are_there_are_kept(tmp_path: 
     assert read_weights(tmp_path / "more")[HEAD].shape[0] == PIECES + 4
 
 
+@pytest.mark.parametrize(("to", "tensor"), [("native", 2), ("huggingface", None), ("megatron-llm", 2), ("meta", 1)])
+def test_rows_alone_are_added_and_left_out(model, tmp_path: Path, to, tensor) -> None:
+    """As Megatron-LLM's resharder does, whose trainer names the tokens."""
+    source, weights = model
+    convert(
+        source, tmp_path / "more", to=to, tensor=tensor, extension=Extension(initialization="copy", size=PIECES + 9)
+    )
+    more = read_weights(tmp_path / "more")
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(more[name][:PIECES], weights[name])
+        assert torch.equal(more[name][PIECES:], weights[name][-1:].expand(9, 16))
+    convert(tmp_path / "more", tmp_path / "fewer", to="native", tensor=4, extension=Extension(size=PIECES))
+    fewer = read_weights(tmp_path / "fewer")
+    assert fewer.keys() == weights.keys() and all(torch.equal(fewer[name], weight) for name, weight in weights.items())
+    with pytest.raises(ConfigError, match="the tokenizer has 340 tokens, each of which needs a row"):
+        convert(source, tmp_path / "to", extension=Extension(size=PIECES - 1))
+    assert not (tmp_path / "to").exists()
+
+
+def test_tokens_and_rows_together(model, tmp_path: Path, capsys) -> None:
+    words = ["--extra-tokens", "<A>,<B>", "--vocab-size", str(PIECES + 24), "--initialize", "normal"]
+    assert main(["convert", str(model[0]), str(tmp_path / "to"), *words]) == 0
+    assert read_weights(tmp_path / "to")[HEAD].shape[0] == PIECES + 24
+    assert load_tokenizer(tmp_path / "to").vocab_size == PIECES + 2
+    assert main(["convert", str(model[0]), str(tmp_path / "o"), "--vocab-size", "0"]) == 2
+    assert main(["convert", str(model[0]), str(tmp_path / "o"), *words[:2], "--vocab-size", str(PIECES + 1)]) == 2
+    assert "give 342 or more" in capsys.readouterr().err
+
+
 def test_what_cannot_be_is_an_error_with_the_cure(model, tmp_path: Path, capsys) -> None:
     source, _ = model
     (source / "tokenizer.model").unlink()
     assert main(["convert", str(source), str(tmp_path / "to"), "--extra-tokens", "<A>"]) == 2
     assert "copy its tokenizer.model" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "to"), "--initialize", "copy"]) == 2
-    assert "--initialize is for the tokens of --extra-tokens" in capsys.readouterr().err
+    assert "--initialize is for the rows of --extra-tokens or --vocab-size" in capsys.readouterr().err
     words = ["--extra-tokens", "<A>", "--verify", str(tmp_path / "text")]
     assert main(["convert", str(source), str(tmp_path / "to"), *words]) == 2
     assert "verify a conversion of the result" in capsys.readouterr().err

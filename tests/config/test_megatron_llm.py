@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ LOADED = Facts(
 WORDS = ["--micro_batch_size", "1", "--lr", "1e-4", "--train_iters", "10", "--data_path", "a", "--load", "x"]
 # What the list takes for mapped and is not: each is refused or ignored with its reason, or needs no key.
 NOT_MAPPED = {
-    "skip_iters", "exit_interval", "exit_duration_in_mins", "no_save_optim", "eod_mask_loss", "log_params_norm",
+    "skip_iters", "no_save_optim", "eod_mask_loss", "log_params_norm",
     "log_num_zeros_in_grad", "timing_log_level", "timing_log_option", "make_vocab_size_divisible_by",
     "distributed_backend", "num_workers", "variable_seq_lengths", "merge_file", "tensorboard_log_interval",
     "tensorboard_queue_size", "no_save_rng", "no_load_rng", "fp8_e4m3", "fp8_hybrid", "no_fp8_wgrad", "fp8_margin",
@@ -292,3 +293,44 @@ def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     old.write_text(text.replace("| sets |", "| does |", 1))
     assert write_page([str(old), "--check"]) == 1 and "is out of date" in capsys.readouterr().err
     assert write_page([str(old)]) == 0 and old.read_text() == text
+
+
+INSTRUCT = "--data_type instruction --variable_seq_lengths --metrics all --finetune --scalar_loss_mask=0.0"
+EXAMPLE = (
+    "--tensor_model_parallel_size 8 --pipeline_model_parallel_size 1 --save out --tensorboard_dir out/logging "
+    "--tokenizer_type SentencePieceTokenizer --bf16 --global_batch_size 12 --micro_batch_size 1 --num_workers=2 "
+    "--use_rms_norm --glu_activation swiglu --no_tie_embed_logits --vocab_extra_ids_list [bib_ref],[/bib_ref] "
+    "--vocab_file=tokenizer.model --use_flash_attn --no_bias_gelu_fusion --log_interval 1 --save_interval 800 "
+    "--eval_interval 200 --eval_iters 10 --hidden_dropout 0.0 --position_embedding_type rotary "
+    "--no_bias_dropout_fusion --use_checkpoint_args --attention_dropout 0.0 --adam_beta1 0.9 --adam_beta2 0.95 "
+    "--adam_eps 1e-5 --lr_decay_style cosine --lr_warmup_fraction 0.1 --weight_decay 0.1 --sequence_parallel "
+    "--recompute_granularity selective --log_timers_to_tensorboard --rope_scaling_factor 1.0 --train_iters "
+    "1000 --load x"
+)
+
+
+@pytest.mark.parametrize(
+    ("variant", "model"),
+    [
+        ("--model_name llama --layernorm_epsilon 1e-6 --seq_length 2048 --data_path d --lr 3e-4 --min_lr 3e-4",
+         {"rms_norm_eps": 1e-6}),
+        ("--model_name codellama --rope_theta 1e6 --seq_length 16384 --data_path d --lr 3e-4 --min_lr 3e-4",
+         {"rope_theta": 1e6}),
+        ("--model_name llama2 --train_data_path d --valid_data_path v --lr 1.5e-4 --min_lr 1.5e-4 --wandb_logger "
+         "--wandb_project P --wandb_id I --wandb_entity E", {}),
+        ("--model_name mistral --seq_length 8192 --sliding_window_size 4096 --data_path d --lr 2e-5 --min_lr 2e-6 "
+         f"{INSTRUCT}", {"model_type": "mistral", "sliding_window": 4096}),
+        ("--model_name llama2 --data_path d --lr 2e-5 --min_lr 2e-6 --eval_interval 100 --load_iteration 20 "
+         f"{INSTRUCT}", {}),
+    ],
+    ids=["llama", "codellama", "files apart, wandb", "mistral instruct", "meditron's fine-tuning"],
+)  # fmt: skip
+def test_the_variants_of_the_examples_are_accepted(variant: str, model: dict[str, Any]) -> None:
+    """examples/finetune.sh and Meditron's finetune.sh for each model and kind of data: nothing is refused."""
+    facts = Facts(world_size=8, load="x", model={**LOADED.model, "max_position_embeddings": 32768, **model},
+                  vocabulary=40, pad_token=2, tokenizer="t.model")  # fmt: skip
+    done = translate(read_flags([*EXAMPLE.split(), *variant.split()]), facts)
+    words = [f"--{name}={json.dumps(value)}" for name, value in done.keys.items() if value is not None]
+    config = load_config(None, words)
+    assert (config.train.steps, config.train.global_batch, config.parallel.tensor) == (1000, 12, 8)
+    assert config.data.kind == ("instruction" if INSTRUCT in variant else "pretraining")

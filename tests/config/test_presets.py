@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from megatron.config.load import load_config
 from megatron.config.model import ModelSettings
 from megatron.config.presets import preset_names
 from megatron.config.validate import validate_grid
+from megatron.model.config import ModelConfig
 
 WORLD_SIZES = {
     "llama2-7b": (2, 8, 64),
@@ -18,6 +21,13 @@ WORLD_SIZES = {
     "tiny": (1, 2, 4),
     "gpt2": (1, 8, 64),
     "gpt3-175b": (64, 1536),
+    "llama3-8b": (2, 8, 64),
+    "llama3-70b": (32, 128),
+    "codellama-7b": (2, 8, 64),
+    "mistral-7b": (2, 8, 64),
+    "qwen2.5-7b": (2, 8, 64),
+    "qwen3-8b": (2, 8, 64),
+    "falcon-40b": (16, 64),
 }
 
 PARAMETERS = {
@@ -29,6 +39,16 @@ PARAMETERS = {
 }
 
 
+# As the released weights count, a tied embedding once.
+RELEASED = {
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "codellama-7b": 6_738_546_688,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "falcon-40b": 41_303_293_952,
+}
 GPT_PARAMETERS = {"gpt2": 124_439_808, "gpt3-175b": 174_604_259_328}
 
 
@@ -66,6 +86,12 @@ def test_a_preset_fits_its_grids(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_a_preset_has_the_published_size(name: str) -> None:
     assert parameters(load_config(name).model) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_a_preset_of_another_family_has_the_size_of_the_released_weights(name: str) -> None:
+    stated = {key: value for key, value in asdict(load_config(name).model).items() if value is not None}
+    assert ModelConfig.from_settings(stated).num_parameters == RELEASED[name]
 
 
 @pytest.mark.parametrize("name", sorted(GPT_PARAMETERS))

@@ -97,7 +97,29 @@ def test_the_first_documented_training_and_its_log(
     assert f"saving checkpoint at iteration       2 to {tmp_path}/w\n" in output
     assert output.count("  successfully saved checkpoint at iteration       4 to") == 1
     assert "the project" not in output and "step 4/4" in errors
+    check_tags(tmp_path / "w/tensorboard", lines, figures)
     goes_on(finetune, line.replace("--train_iters 4", "--train_iters 6"), tmp_path)
+
+
+def check_tags(folder: Path, lines: list[tuple[str, ...]], validated: dict[str, str]) -> None:
+    """What dashboards find in the folder: Megatron-LLM's tags, a figure for each step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder)).Reload()
+    found = {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
+    each = ("lm loss", "learning_rate", "grad_norm", "loss_scale", "batch_size")
+    assert {tag: list(found[tag]) for tag in each} == {tag: [1, 2, 3, 4] for tag in each}
+    assert {tag: list(found[f"{tag} vs samples"]) for tag in each} == {tag: [4, 8, 12, 16] for tag in each}
+    for number, fields in enumerate(lines):
+        losses = [found["lm loss"][step] for step in (2 * number + 1, 2 * number + 2)]
+        assert sum(losses) / 2 == pytest.approx(float(fields[7]), rel=1e-5), "the line has their mean"
+        assert found["learning_rate"][2 * number + 2] == pytest.approx(float(fields[5]), rel=1e-3)
+        assert found["tokens-per-sec"][2 * number + 2] == pytest.approx(float(fields[4]), rel=1e-3)
+    assert list(found["lm loss validation"]) == list(found["lm accuracy validation"]) == [2, 4]
+    assert list(found["lm loss validation ppl vs samples"]) == [8, 16]
+    assert found["lm loss validation"][2] == pytest.approx(float(validated["lm loss value"]), rel=1e-5)
+    assert found["lm loss validation ppl"][2] == pytest.approx(float(validated["lm loss PPL"]), rel=1e-5)
+    assert list((folder / "tensorboard").iterdir()), "the project's own figures beside them"
 
 
 def goes_on(finetune: Callable[..., tuple[int, str, str]], line: str, tmp_path: Path) -> None:
@@ -200,3 +222,25 @@ def test_a_model_made_at_random(finetune: Callable[..., tuple[int, str, str]], d
     )
     assert code == 0, errors
     assert [(fields[2], fields[6]) for fields in TRAIN_LINE.findall(output)] == [("2", "2"), ("4", "2"), ("8", "4")]
+
+
+@pytest.mark.parametrize(
+    ("flag", "steps", "reason"),
+    [
+        ("--exit_interval 2", [2, 4], "train.exit_interval=2"),
+        ("--exit_duration_in_mins 1e-4", [1, 2], "0.0001 are over"),
+    ],
+)
+def test_a_run_that_ends_for_now_is_saved_and_goes_on(
+    finetune: Callable[..., tuple[int, str, str]], data: Path, tmp_path: Path, flag: str, steps: list[int], reason: str
+) -> None:
+    line = (
+        f"--num_layers 1 --hidden_size 16 --num_attention_heads 2 --seq_length 8 --micro_batch_size 1 --lr 1e-3 "
+        f"--train_iters 5 --data_path {data} --vocab_file {STORIES}/tokenizer.model --eval_iters 0 --model_name llama "
+        f"--save {tmp_path}/s --save_interval 100 --log_interval 1 {flag}"
+    )
+    for number, step in enumerate(steps):
+        code, output, errors = finetune(line)
+        assert code == 0 and f"stopped after step {step} (" in errors and reason in errors, errors
+        assert [saved for saved, _ in whole_checkpoints(tmp_path / "s")] == steps[: number + 1]
+        assert f"saving checkpoint at iteration {step:7d} to" in output

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import pytest
 
 from megatron.utils.environment import Launch, read_launch
@@ -48,3 +52,12 @@ def test_what_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch, values: tup
         launch(monkeypatch, *values)
     assert hint in str(caught.value)
     assert "torchrun" in str(caught.value)
+
+
+def test_the_age_of_the_process_is_counted_from_its_start() -> None:
+    code = (
+        "import sys, time; time.sleep(0.3); from megatron.utils.environment import process_age_s as age; print(age())"
+    )
+    began = time.monotonic()
+    age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0.25 < age < time.monotonic() - began + 0.05

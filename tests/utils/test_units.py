@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.utils.units import format_bytes, format_count, format_duration
+from megatron.utils.units import format_bytes, format_count, format_duration, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,18 @@ def test_counts_keep_three_figures(count: float) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("4096", 4096),
+        ("5GB", 5 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("200mb", 200 * 10**6),
+        ("7k", 7000),
+        *((text, None) for text in ("0", "", "GB", "-1GB", "1e3", "5 GBit", "5PB", "1.GB")),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text: str, count: int | None) -> None:
+    assert parse_bytes(text) == count

@@ -6,7 +6,6 @@ from megatron.config.megatron_llm.flag import Flag, ignored, implied, key, refus
 
 _KERNELS = "the compiled kernels are used where they are there; `kernels.backend` chooses"
 _FULL = "with --recompute_granularity full"
-_STOP = "send SIGTERM instead (`timeout -s TERM 230m ...`, Slurm's --signal): it saves and exits"
 
 TRAINING: list[Flag] = [
     key("micro_batch_size", "train.micro_batch", "whole", "2"),
@@ -25,10 +24,11 @@ TRAINING: list[Flag] = [
     rule("recompute_num_layers", "whole", f"{_FULL} and block: `train.recompute_layers`", "2"),
     *implied("under sequence parallelism saved activations are divided", "switch", "distribute_saved_activations"),
     key("log_interval", "log.interval", "whole", "5"),
-    *refused(f"a run ends at --train_iters; {_STOP}", "whole", "exit_interval"),
-    *refused(f"a run ends at --train_iters; {_STOP}", "number", "exit_duration_in_mins"),
+    key("exit_interval", "train.exit_interval", "whole", "50"),
+    key("exit_duration_in_mins", "train.exit_minutes", "number", "230"),
     *implied("SIGTERM and SIGINT save and exit", "switch", "exit_signal_handler"),
-    rule("tensorboard_dir", "text", "`log.dir`, and `log.tensorboard` unless --wandb_logger is given", "tb"),
+    rule("tensorboard_dir", "text",
+         "`log.dir`, and `log.tensorboard` unless --wandb_logger is given; there are their tags", "tb"),
     *implied(_KERNELS, "switch", "no_masked_softmax_fusion", "no_bias_gelu_fusion", "no_bias_dropout_fusion",
              "use_flash_attn", "no_persist_layer_norm", "no_gradient_accumulation_fusion"),
     rule("dataloader_type", "text", "`data.order`: single is megatron, cyclic is stable (another order than theirs)",

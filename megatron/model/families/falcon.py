@@ -120,7 +120,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     new = config.parallel_norms == 2 or not alike
     rotary = {} if config.rope_theta is None else spell_rotary({}, config.rope_theta, config.rope_scaling)
     return {
-        "architectures": ["FalconForCausalLM"],
         "model_type": "falcon",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -149,9 +148,11 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary angles as transformers 4 and 5 each spell them."""
+    """Rotary angles as transformers 4 and 5 each spell them, and how many key/value heads there are: with `multi_query`
+    transformers does not look, and llama.cpp's converter at nothing else."""
+    config = {**config, "num_kv_heads": _key_value_heads(config)}
     if config.get("alibi"):
-        return dict(config)
+        return config
     theta = rotary_base(config)
     scaling = rotary_scaling(config, int(default(config, "max_position_embeddings", _LONGEST)))
     return {**config, "rope_theta": theta, **spell_rotary(config, theta, scaling)}
@@ -159,6 +160,7 @@ def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
 
 FALCON = Family(
     model_type="falcon",
+    architecture="FalconForCausalLM",
     embedding="transformer.word_embeddings",
     layers="transformer.h",
     attention_norm="input_layernorm",

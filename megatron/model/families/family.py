@@ -35,14 +35,15 @@ QueryKeyValue = Callable[["ModelConfig", range, range], tuple[list[Rows], list[R
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`. Names are those of modules, to which `.weight` and `.bias` are added; those between `layers`
-    and `final_norm` are within a layer.
+    """One `model_type`, with transformers' class of its models, `architecture`. Names are those of modules, to which
+    `.weight` and `.bias` are added; those between `layers` and `final_norm` are within a layer.
 
     `fields` reads a `config.json` into the fields of `ModelConfig` and raises ConfigError; `write` is its inverse, with
     what transformers wants besides. `spell` completes a `config.json` so that transformers 4 and 5 both read it right.
     """
 
     model_type: str
+    architecture: str
     embedding: str
     layers: str
     attention_norm: str

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron.model.config import ModelConfig
 
 _REQUIRED = ("vocab_size", "n_embd", "n_layer", "n_head")
+_LONGEST = 1024
 # What attention does besides, and the value under which it is what is built here.
 _ATTENTION = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
@@ -42,7 +43,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": int(config["n_head"]),
         "num_key_value_heads": int(config["n_head"]),
         "head_dim": head_size(config, "n_embd", "n_head"),
-        "max_position_embeddings": int(config.get("n_positions") or 1024),
+        "max_position_embeddings": int(config.get("n_positions") or _LONGEST),
         "layer_norm_eps": float(default(config, "layer_norm_epsilon", 1e-5)),
         "rms_norm_eps": None,
         "rope_theta": None,
@@ -65,7 +66,6 @@ def _other_functions(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_embd": config.hidden_size,
@@ -84,8 +84,14 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of positions under its older name as well, by which llama.cpp's converter finds it."""
+    return {**config, "n_ctx": int(config.get("n_positions") or _LONGEST)}
+
+
 GPT2 = Family(
     model_type="gpt2",
+    architecture="GPT2LMHeadModel",
     embedding="transformer.wte",
     positions="transformer.wpe",
     layers="transformer.h",
@@ -99,6 +105,7 @@ GPT2 = Family(
     head="lm_head",
     fields=_fields,
     write=_write,
+    spell=_spell,
     transposed=True,
     prefix="transformer.",
     buffers=(".attn.bias", ".attn.masked_bias"),

@@ -89,7 +89,6 @@ def _other_functions(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -123,6 +122,7 @@ def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
 
 GPT_NEOX = Family(
     model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
     embedding="gpt_neox.embed_in",
     layers="gpt_neox.layers",
     attention_norm="input_layernorm",

@@ -83,10 +83,9 @@ def _other_functions(config: Mapping[str, Any]) -> Iterator[str]:
     yield from refuse_quantized(config)
 
 
-def write_decoder(config: ModelConfig, architecture: str) -> dict[str, Any]:
+def write_decoder(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `decoder_fields`."""
     return {
-        "architectures": [architecture],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -129,7 +128,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     return {
-        **write_decoder(config, "LlamaForCausalLM"),
+        **write_decoder(config),
         "attention_bias": config.query_key_value_bias,
         "mlp_bias": config.mlp_bias,
         "pretraining_tp": 1,
@@ -142,6 +141,7 @@ def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
 
 LLAMA = Family(
     model_type="llama",
+    architecture="LlamaForCausalLM",
     embedding="model.embed_tokens",
     layers="model.layers",
     attention_norm="input_layernorm",

@@ -29,7 +29,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return {**write_decoder(config, "MistralForCausalLM"), "sliding_window": config.sliding_window}
+    return {**write_decoder(config), "sliding_window": config.sliding_window}
 
 
 def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
 MISTRAL = replace(
     LLAMA,
     model_type="mistral",
+    architecture="MistralForCausalLM",
     fields=_fields,
     write=_write,
     spell=_spell,

@@ -23,7 +23,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return {**write_decoder(config, "Qwen2ForCausalLM"), **write_windows(config), "bos_token_id": None}
+    return {**write_decoder(config), **write_windows(config), "bos_token_id": None}
 
 
 def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
     fields=_fields,
     write=_write,
     spell=_spell,

@@ -31,7 +31,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     return {
-        **write_decoder(config, "Qwen3ForCausalLM"),
+        **write_decoder(config),
         **write_windows(config),
         "attention_bias": config.attention_output_bias,
         "bos_token_id": None,
@@ -45,6 +45,7 @@ def _spell(config: Mapping[str, Any]) -> dict[str, Any]:
 QWEN3 = replace(
     LLAMA,
     model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
     query_key_norms=("self_attn.q_norm", "self_attn.k_norm"),
     fields=_fields,
     write=_write,

@@ -77,5 +77,6 @@ def _can_be(stated: object, name: str, vocabulary: int, tokenizer: Tokenizer | N
     ids = stated if isinstance(stated, list) else [stated]
     if not all(isinstance(identity, int) and 0 <= identity < vocabulary for identity in ids):
         return False
-    is_known = tokenizer is not None and found is not None and name != "pad"
-    return not is_known or all(identity in tokenizer.special_ids for identity in ids)
+    if tokenizer is None or found is None or name == "pad":
+        return True
+    return all(identity in tokenizer.special_ids for identity in ids)

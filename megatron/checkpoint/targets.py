@@ -183,7 +183,8 @@ def _cut_by_size(request: Request) -> list[list[FileTensor]]:
 
 def pack(sizes: Sequence[int], limit: int) -> list[range]:
     """Which of the things of these sizes, in order, go together so that no sum passes the limit where it need not."""
-    firsts, room = [], 0
+    firsts: list[int] = []
+    room = 0
     for number, size in enumerate(sizes):
         if not firsts or size > room:
             firsts.append(number)

@@ -188,7 +188,7 @@ def test_overrides_without_value_or_name() -> None:
 
 def test_a_missing_file_names_the_nearest_preset() -> None:
     assert "did you mean meditron-7b?" in failure("meditron7b")
-    assert "the presets are gpt2" in failure("elsewhere/run.yaml")
+    assert "the presets are codellama-7b, " in failure("elsewhere/run.yaml")
 
 
 def test_a_folder_is_no_configuration(tmp_path: Path) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file it sees only its own folder
 
 from megatron.checkpoint.convert import DTYPES, convert
 from megatron.checkpoint.hub import upload_model
-from megatron.checkpoint.huggingface import MODEL_CONFIG, is_huggingface
+from megatron.checkpoint.huggingface import MODEL_CONFIG, config_text, is_huggingface, read_config
+from megatron.model.config import spell_for_both
 from megatron.utils.errors import ConfigError, MegatronError
 from megatron.utils.files import write_atomically
 from megatron.utils.hub import named
+from megatron.utils.units import parse_bytes
 from tools.megatron_llm_flags import Parser
 
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
@@ -30,7 +32,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output_folder", type=Path, help="folder to write")
     parser.add_argument("--auth_token", help="better in the environment variable HF_TOKEN")
     parser.add_argument("--dtype", default="auto", choices=["auto", *_DTYPES, *DTYPES], help="cast the weights")
-    parser.add_argument("--max_shard_size", help="accepted, without effect: files are cut at a size of our own")
+    parser.add_argument("--max_shard_size", metavar="SIZE", help="most that a file holds, as 10GB (default: 4GB)")
     parser.add_argument("--rope_scaling_type", default="linear", choices=["linear", "dynamic"])
     parser.add_argument("--rope_scaling_factor", type=float, help="write it into config.json")
     parser.add_argument("--unsafe", action="store_true", help="refused: weights are written as safetensors")
@@ -38,6 +40,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     arguments = parser.read(words)
     if arguments.unsafe or arguments.trust_remote_code:
         raise ConfigError("--unsafe, --trust_remote_code: safetensors are written, and no code of a model is ever run")
+    if arguments.max_shard_size is not None and parse_bytes(arguments.max_shard_size) is None:
+        raise ConfigError(f"--max_shard_size {arguments.max_shard_size} is no size: give one such as 10GB")
     if arguments.hf_repo_name is None and arguments.output_folder is None:
         raise ConfigError("give --hf_repo_name, to upload, or --output_folder, to write")
     return arguments
@@ -45,18 +49,24 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def prepare(arguments: argparse.Namespace, destination: Path) -> Path:
     """The folder to upload: the one that is there, where nothing of it is to change."""
-    factor = arguments.rope_scaling_factor
-    changes = factor is not None or arguments.dtype != "auto" or arguments.output_folder is not None
-    if not changes and is_huggingface(arguments.folder):
+    factor, size = arguments.rope_scaling_factor, arguments.max_shard_size
+    asked = (factor, size, arguments.output_folder)
+    if arguments.dtype == "auto" and asked == (None, None, None) and is_huggingface(arguments.folder):
         return Path(arguments.folder)
     dtype = DTYPES.get(_DTYPES.get(arguments.dtype, arguments.dtype))
-    convert(arguments.folder, destination, to="huggingface", dtype=dtype)
+    file_bytes = None if size is None else parse_bytes(size)
+    convert(arguments.folder, destination, to="huggingface", dtype=dtype, file_bytes=file_bytes)
     if factor is not None:
-        path = destination / MODEL_CONFIG
-        scaling = {"type": arguments.rope_scaling_type, "rope_type": arguments.rope_scaling_type, "factor": factor}
-        content = {**json.loads(path.read_text(encoding="utf-8")), "rope_scaling": scaling}
-        write_atomically(path, json.dumps(content, indent=2) + "\n")
+        scale_positions(destination, {"type": arguments.rope_scaling_type, "factor": factor})
     return destination
+
+
+def scale_positions(folder: Path, scaling: dict[str, Any]) -> None:
+    """Write another scaling of positions into `config.json`, wherever that says it."""
+    content = read_config(folder)
+    content.pop("rope_parameters", None)  # which says what was before, and is written anew
+    content = spell_for_both({**content, "rope_scaling": scaling}, content["dtype"])
+    write_atomically(folder / MODEL_CONFIG, config_text(content))
 
 
 def main(words: Sequence[str]) -> int:

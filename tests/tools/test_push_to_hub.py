@@ -36,8 +36,14 @@ def test_a_folder_is_written_with_scaling(tmp_path: Path, capsys: pytest.Capture
     words = [str(STORIES), "--output_folder", str(tmp_path / "o"), "--rope_scaling_factor", "2", "--dtype", "bfloat16"]
     assert push_to_hub.main(words) == 0
     config = json.loads((tmp_path / "o/config.json").read_text())
-    assert config["rope_scaling"]["factor"] == 2.0 and config["torch_dtype"] == "bfloat16"
+    assert config["rope_scaling"] == {"type": "linear", "factor": 2.0} and config["torch_dtype"] == "bfloat16"
+    assert config["rope_parameters"]["rope_type"] == "linear" and config["rope_parameters"]["factor"] == 2.0
+    words = [str(STORIES), "--output_folder", str(tmp_path / "cut"), "--max_shard_size"]
+    assert push_to_hub.main([*words, "300KB"]) == 0
+    sizes = [path.stat().st_size for path in (tmp_path / "cut").glob("model-*.safetensors")]
+    assert len(sizes) > 1 and max(sizes) < 310_000
+    assert push_to_hub.main([*words, "large"]) == 2
     for extra in (["--unsafe"], ["--hf_repo_name", "a/b/c/d"]):
         assert push_to_hub.main([str(STORIES), "--output_folder", str(tmp_path / "p"), *extra]) == 2
     assert push_to_hub.main([str(STORIES)]) == 2
-    assert capsys.readouterr().err.count("push_to_hub.py: error: ") == 3
+    assert capsys.readouterr().err.count("push_to_hub.py: error: ") == 4

@@ -9,7 +9,9 @@ import io
 import json
 import lzma
 import os
+import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from megatron.data.jsonl import Chunk, parse_chunk
 from megatron.data.preprocess import archives, reading
 from megatron.data.preprocess.inputs import STANDARD_INPUT, Source, find_sources, parse_shard, take_shard
 from megatron.data.preprocess.reading import Position, ReadSource, read_chunks, start_of
-from megatron.utils.errors import ConfigError, DataError
+from megatron.utils.errors import ConfigError, DataError, ResourceError
 
 
 def zstandard(content: bytes) -> bytes:
@@ -135,6 +137,57 @@ def test_a_zip_archive_is_refused_by_name(tmp_path: Path) -> None:
         find_sources([tmp_path / "a.jsonl"])
 
 
+@pytest.mark.parametrize("kind", PACKERS)
+@pytest.mark.parametrize("dialect", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_archive_is_refused_however_it_is_packed_and_named(
+    tmp_path: Path, kind: str, dialect: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read as text it would lose the first line of each of its files."""
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "a"}\n' * 1000)
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=dialect) as archive:
+        archive.add(tmp_path / "in.jsonl", "\u00e9/in.jsonl")
+    packed = PACKERS[kind](content.getvalue())
+    (tmp_path / "a.jsonl").write_bytes(packed)
+    with pytest.raises(DataError, match=r"a.jsonl is a tar archive, whose files are not told apart; unpack it"):
+        find_sources([tmp_path / "a.jsonl"])
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(packed)))
+    with pytest.raises(DataError, match="standard input is a tar archive"):
+        read_all(find_sources(["-"])[0])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "folder/a.tar")
+    with pytest.raises(DataError, match=r"a\.tar is a tar archive"):
+        find_sources([str(tmp_path / "folder/*.tar")])
+
+
+@pytest.mark.parametrize(("window_log", "mantissa"), [(27, 0), (31, 0), (31, 1), (41, 7)])
+def test_a_large_zstandard_window_is_read_or_refused(tmp_path: Path, window_log: int, mantissa: int) -> None:
+    """`zstd --long=31` has a window of 2 GiB; a frame may ask for terabytes, whatever it holds. A window takes memory
+    only as far as there is text."""
+    pytest.importorskip("zstandard")
+    text = b'{"text": "a"}\n' * 100
+    block = (len(text) << 3 | 1).to_bytes(3, "little") + text  # stored, the last one
+    (tmp_path / "a.zst").write_bytes(
+        b"\x28\xb5\x2f\xfd" + bytes([0, (window_log - 10) << 3 | mantissa]) + block
+    )  # no checksum, no length
+    code = (
+        "import resource, sys; from megatron.data.preprocess.archives import TextStream\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "stream = TextStream(open(sys.argv[1], 'rb'), 'a')\n"
+        "print(sum(map(len, iter(lambda: stream.read(99), b''))))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000)"
+    )
+    if (window_log, mantissa) > (31, 0):
+        with pytest.raises(ResourceError, match=r"a.zst needs more memory .* 2\.0 GiB of zstd --long=31"):
+            read_all(find_sources([tmp_path / "a.zst"])[0])
+        return
+    assert len(texts_of(read_all(find_sources([tmp_path / "a.zst"])[0]))) == 100
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.zst")], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["1400", "True"]
+
+
 @pytest.mark.parametrize(("kind", "package"), [("zstandard", "zstandard"), ("parquet", "pyarrow")])
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str) -> None:
     (tmp_path / "a").write_bytes({"zstandard": b"\x28\xb5\x2f\xfd....", "parquet": b"PAR1...."}[kind])
@@ -149,6 +202,21 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     ((_, position),) = chunks = read_all(find_sources([tmp_path / "a"])[0])
     assert texts_of(chunks) == [(1, "a"), (2, "b")]
     assert position == Position((tmp_path / "a").stat().st_size, 2, (tmp_path / "a").stat().st_size)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_byte_order_mark_within_a_file_is_not_taken_away_where_a_shard_begins(tmp_path: Path, count: int) -> None:
+    """What a line is must not depend on how a file is divided, nor on where reading it goes on."""
+    lines = [b'\xef\xbb\xbf{"text": "%d"}\n' % number for number in range(6)]
+    (tmp_path / "a").write_bytes(b"".join(lines))
+    (source,) = find_sources([tmp_path / "a"])
+    whole = read_all(source, chunk_bytes=len(lines[0]))
+    assert texts_of(whole) == [(1, "0")]  # the others are bad
+    for _, position in whole:
+        assert texts_of(read_all(source, position)) == []
+    shards = [take_shard([source], parse_shard(f"{index}/{count}")) for index in range(count)]
+    assert all(part.begin for (part,) in shards[1:])
+    assert [texts_of(read_all(part)) for (part,) in shards] == [[(1, "0")], *[[]] * (count - 1)]
 
 
 @pytest.mark.parametrize("chunk_bytes", [8, 50])
@@ -207,6 +275,38 @@ def test_folders_and_patterns_are_sorted_and_hold_inputs_only(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"no \.jsonl"):
         (tmp_path / "empty").mkdir()
         find_sources([tmp_path / "empty"])
+
+
+def test_a_pattern_reads_the_folders_that_it_matches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Quoted or not, `corpus/*` is the same."""
+    corpus = tmp_path / "corpus"
+    for name in ("b.jsonl", "a/y.jsonl", "a/x.json", "a/deeper/z.jsonl", "a/.hidden.jsonl", "none/readme.md"):
+        (corpus / name).parent.mkdir(parents=True, exist_ok=True)
+        (corpus / name).write_bytes(b"{}\n")
+
+    def found(pattern: str) -> list[str]:
+        return [str(source.file.relative_to(corpus)) for source in find_sources([str(corpus / pattern)])]
+
+    assert found("*") == ["a/x.json", "a/y.jsonl", "b.jsonl"]
+    assert "matches folders without input files" in caplog.text and str(corpus / "none") in caplog.text
+    assert found("a/../*") == ["a/../a/x.json", "a/../a/y.jsonl", "a/../b.jsonl"]
+    assert found("[a]") == [source.file.relative_to(corpus).as_posix() for source in find_sources([corpus / "a"])]
+    assert found("**/*.jsonl") == ["a/deeper/z.jsonl", "a/y.jsonl", "b.jsonl"]
+    (corpus / "none/readme.md").unlink()
+    assert found("**") == ["a/deeper/z.jsonl", "a/x.json", "a/y.jsonl", "b.jsonl"]  # each once
+    with pytest.raises(DataError, match=r"no\*e \(no file matches\)"):
+        found("no*e")
+
+
+def test_what_a_folder_holds_is_not_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jsonl", "b.tar.gz", "c.zip", "d.tgz"):
+        (tmp_path / name).write_bytes(b"{}\n")
+    assert len(find_sources([tmp_path])) == 1
+    assert "passed over archives, which are not read: b.tar.gz, c.zip, d.tgz; unpack them" in caplog.text
+    (tmp_path / "e.jsonl").symlink_to(tmp_path / "gone")
+    for word in (tmp_path, str(tmp_path / "*.jsonl")):
+        with pytest.raises(DataError, match=r"e.jsonl \(a link to what is not there\)"):
+            find_sources([word])
 
 
 @pytest.mark.parametrize("text", ["3", "a/b", "-1/4", "4/4", "0/0", "1/"])

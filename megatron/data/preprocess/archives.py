@@ -1,7 +1,8 @@
 """The text of a file, compressed or not, as a stream that knows how much of the file it has taken.
 
 What a file is, its first bytes say, not its name. Archives of several members (`cat a.gz b.gz`) are read through; one
-that is damaged, cut short or followed by something else is an error. This module must not know what a line is.
+that is damaged, cut short or followed by something else is an error, and so is one of several files (tar, zip). This
+module must not know what a line is.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import bz2
 import hashlib
 import lzma
+import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
-from megatron.utils.errors import ConfigError, DataError
+from megatron.utils.errors import ConfigError, DataError, ResourceError
+from megatron.utils.units import format_bytes
 
 Kind = Literal["plain", "gzip", "bzip2", "xz", "zstandard", "parquet"]
 
@@ -25,11 +28,17 @@ _MAGIC: dict[Kind, tuple[bytes, ...]] = {
     "zstandard": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + low]) + b"\x2a\x4d\x18" for low in range(16))),
     "parquet": (b"PAR1",),
 }
-_UNREADABLE = {b"PK\x03\x04": "a zip archive", b"\x04\x22\x4d\x18": "an lz4 archive", b"7z\xbc\xaf": "a 7z archive"}
+_UNREADABLE = {
+    b"PK\x03\x04": "a zip archive",
+    b"PK\x05\x06": "a zip archive",
+    b"\x04\x22\x4d\x18": "an lz4 archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a rar archive",
+}
 _HEAD_BYTES = 6
 _BLOCK_BYTES = 1 << 16
 _ZSTANDARD_BYTES = 1 << 12  # a frame gives back a few ten thousand times as much at most, and it comes at once
-_ZSTANDARD_WINDOW = 1 << 31  # what `zstd --long=31` needs
+_ZSTANDARD_WINDOW = 1 << 31  # what `zstd --long=31` needs, of memory too once so much text has come
 
 
 def kind_of(head: bytes, name: str) -> Kind:
@@ -52,6 +61,30 @@ def kind_of_file(file: Path) -> Kind:
             return kind_of(stream.read(_HEAD_BYTES) or b"", str(file))
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+class TarArchive(DataError):
+    """A tar archive, packed or not, where text should be."""
+
+
+def require_no_tar(file: Path) -> None:
+    """Raise TarArchive for one. Whatever else may be wrong with a file, reading it says."""
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            TextStream(stream, str(file)).read(1)
+    except TarArchive:
+        raise
+    except (DataError, ResourceError, OSError):
+        return
+
+
+def _is_tar(begin: bytes) -> bool:
+    """Whether what begins so is a tar archive: the checksum of its first header says so, whatever its dialect."""
+    try:
+        tarfile.TarInfo.frombuf(begin[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
+        return False
+    return True
 
 
 def require_library(kind: Kind) -> None:
@@ -86,6 +119,8 @@ class TextStream:
         self._sha256 = hashlib.sha256()
         self.raw_bytes = 0
         self._head = b""
+        self._text = b""  # that was looked at before it is asked for
+        self._is_begun = bool(begin)
         if begin:
             file.seek(begin)
             kind: Kind = "plain"
@@ -97,11 +132,34 @@ class TextStream:
         self._members = None if kind == "plain" else _Members(self._read_raw, kind)
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes of text; none at the end. Raises DataError if they cannot be read or unpacked."""
+        """Up to `size` bytes of text; none at the end. Raises DataError if they cannot be read or unpacked or are a tar
+        archive's, ResourceError where that takes too much memory."""
+        if not self._is_begun:
+            self._look_at_begin()
+        if self._text:
+            block, self._text = self._text[:size], self._text[size:]
+            return block
+        return self._read_text(size)
+
+    def _look_at_begin(self) -> None:
+        self._is_begun = True
+        while len(self._text) < tarfile.BLOCKSIZE:
+            block = self._read_text(tarfile.BLOCKSIZE - len(self._text))
+            if not block:
+                return
+            self._text += block
+        if _is_tar(self._text):
+            raise TarArchive(
+                f"{self._name} is a tar archive, whose files are not told apart; unpack it and name the folder"
+            )
+
+    def _read_text(self, size: int) -> bytes:
         if self._members is None:
             return self._read_raw(size)
         try:
             return self._members.read(size)
+        except _TooLarge as error:
+            raise ResourceError(f"{self._name} {error}") from error
         except _Damaged as error:
             raise DataError(
                 f"{self._name} is damaged or cut short near byte {self.raw_bytes:,} of the file ({error}); copy or "
@@ -144,6 +202,10 @@ class _Damaged(Exception):
     """Why an archive cannot be unpacked."""
 
 
+class _TooLarge(Exception):
+    """Why there is too little memory to unpack an archive."""
+
+
 class _Engine(Protocol):
     """Unpacks one member of an archive."""
 
@@ -162,8 +224,10 @@ class _Members:
         self._make = _ENGINES[kind]
         self._data = b""
         self._raw_ended = False
-        self._engine: _Engine | None = self._make()
-        self._errors: tuple[type[Exception], ...] = (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError)
+        self._engine: _Engine | None = None
+        self._errors: tuple[type[Exception], ...] = (
+            MemoryError, zlib.error, lzma.LZMAError, OSError, ValueError, EOFError,
+        )  # fmt: skip
         if kind == "zstandard":
             self._errors += _zstandard_errors()
 
@@ -178,6 +242,11 @@ class _Members:
             try:
                 text, self._data = self._engine.step(self._data, size)
             except self._errors as error:
+                if isinstance(error, MemoryError) or "memory" in str(error):
+                    raise _TooLarge(
+                        "needs more memory to be unpacked than there is, or a larger window than the "
+                        f"{format_bytes(_ZSTANDARD_WINDOW)} of zstd --long=31 ({error}); pack it again with less"
+                    ) from error
                 raise _Damaged(str(error)) from error
             if self._engine.eof:
                 self._engine = None

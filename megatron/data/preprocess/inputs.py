@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.data.preprocess.archives import Kind, import_pyarrow, kind_of_file, require_library
+from megatron.data.preprocess.archives import Kind, import_pyarrow, kind_of_file, require_library, require_no_tar
 from megatron.utils.errors import ConfigError, DataError
 from megatron.utils.logging import get_logger
 
@@ -18,6 +18,8 @@ _LOGGER = get_logger(__name__)
 STANDARD_INPUT = Path("-")
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+_ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".lz4")  # not read
+_MOST_NAMES = 5  # in a message
 _SCAN_BYTES = 1 << 20
 
 
@@ -84,6 +86,9 @@ def find_sources(words: Sequence[str | Path]) -> list[Source]:
     sources = [_source(file) for file in files]
     for kind in {source.kind for source in sources}:
         require_library(kind)
+    for source in sources:  # now, not hours later when it is that one's turn
+        if source.kind != "parquet" and not source.is_stream:
+            require_no_tar(source.file)
     return sources
 
 
@@ -92,27 +97,69 @@ def _expand(path: Path) -> tuple[list[Path], str]:
     if path == STANDARD_INPUT or path.is_file() or path.is_fifo():
         return [path], ""
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if _is_input(file))
-        return found, "" if found else f"{path} (no {', '.join(_TEXT_SUFFIXES)} files in it, packed or not)"
+        found, problem = _of_folder(path)
+        return found, problem or (
+            "" if found else f"{path} (no {', '.join(_TEXT_SUFFIXES)} files in it, packed or not)"
+        )
     if path.exists():
         return [], f"{path} (not a file)"
     if not glob.has_magic(str(path)):
         return [], f"{path} (not there)"
-    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    found = [match for match in matches if match.is_file()]
-    return found, "" if found else f"{path} (no file matches)"
+    return _of_pattern(path)
+
+
+def _of_pattern(pattern: Path) -> tuple[list[Path], str]:
+    """The files that match, and the inputs of the folders that match: as if the shell had named them. Each once, though
+    `**` matches a folder and its files."""
+    found: set[Path] = set()
+    without: list[str] = []
+    for match in map(Path, glob.glob(str(pattern), recursive=True)):
+        inputs, problem = _of_folder(match) if match.is_dir() else ([match], _unless_file(match))
+        if problem:
+            return [], problem
+        found.update(inputs)
+        without += [] if inputs else [str(match)]
+    if found and without:
+        _LOGGER.warning("%s matches folders without input files: %s", pattern, _listed(sorted(without)))
+    return sorted(found, key=str), "" if found else f"{pattern} (no file matches)"
+
+
+def _of_folder(folder: Path) -> tuple[list[Path], str]:
+    """(the inputs in a folder, sorted by name; what is wrong with one of them)."""
+    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".") and not file.is_dir()]
+    archives = [file.name for file in files if _is_archive(file.name)]
+    if archives:
+        _LOGGER.warning("%s: passed over archives, which are not read: %s; unpack them", folder, _listed(archives))
+    found = [file for file in files if _is_input(file)]
+    return found, next(filter(None, map(_unless_file, found)), "")
+
+
+def _unless_file(path: Path) -> str:
+    """What is wrong with an input that is no file, such as a link to what is gone."""
+    return "" if path.is_file() else f"{path} ({'not a file' if path.exists() else 'a link to what is not there'})"
 
 
 def _is_input(file: Path) -> bool:
-    """Whether a file of a folder is one to read: neither hidden, nor of another kind, nor what this program writes."""
+    """Whether a file of a folder is by its name one to read: neither of another kind nor what this program writes."""
     name = file.name
-    stem = name.removesuffix(next((suffix for suffix in _PACKED_SUFFIXES if name.endswith(suffix)), ""))
-    packed = stem != name
-    if name.startswith(".") or not file.is_file() or stem.endswith(".tar"):
-        return False
+    stem = _unpacked(name)
     if name.endswith((".quarantine.jsonl", ".progress.json")) or file.with_suffix(".idx").exists():
         return False
-    return packed or stem.endswith(_TEXT_SUFFIXES)
+    return not _is_archive(name) and (stem != name or stem.endswith(_TEXT_SUFFIXES))
+
+
+def _is_archive(name: str) -> bool:
+    return name.endswith(_ARCHIVE_SUFFIXES) or _unpacked(name).endswith(".tar")
+
+
+def _unpacked(name: str) -> str:
+    return name.removesuffix(next((suffix for suffix in _PACKED_SUFFIXES if name.endswith(suffix)), ""))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MOST_NAMES]) + (
+        f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    )
 
 
 def _check_each_is_given_once(files: Sequence[Path]) -> None:

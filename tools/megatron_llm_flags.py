@@ -103,8 +103,9 @@ class TokenizerChoice:
     extra_tokens: tuple[str, ...]
     eod_token: str | None
 
-    def words(self, end_of_document: bool = True) -> list[str]:
-        """As words of `megatron preprocess`. Control tokens that are written out in a text become their ids."""
+    def words(self, end_of_document: bool) -> list[str]:
+        """As words of `megatron preprocess`, with the end-of-document token where documents get it. Control tokens that
+        are written out in a text become their ids."""
         words = ["--tokenizer", str(self.path), "--special-tokens", "ids"]
         words += ["--extra-tokens", ",".join(self.extra_tokens)] if self.extra_tokens else []
         return words + (["--eod-token", self.eod_token] if self.eod_token and end_of_document else [])

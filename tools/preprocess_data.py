@@ -42,7 +42,7 @@ def words_of_verb(words: Sequence[str]) -> list[str]:
         arguments.output_prefix,
         "--json-keys",
         *arguments.json_keys,
-        *chosen.words(),
+        *chosen.words(end_of_document=arguments.append_eod),
         *(["--append-eod"] if arguments.append_eod else []),
         *(["--workers", str(arguments.workers)] if arguments.workers is not None else []),
     ]

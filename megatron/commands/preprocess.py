@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument(
-        "--eod-token", metavar="X", help="the end-of-document token (default: the tokenizer's end of sentence)"
+        "--eod-token",
+        metavar="X",
+        help="the token that --append-eod appends (default: the tokenizer's end of sentence)",
     )
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the beginning of sentence")
     parser.add_argument(

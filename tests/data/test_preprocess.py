@@ -304,6 +304,7 @@ def test_a_dead_worker_is_an_error_and_not_a_hang(options: PreprocessOptions, tm
         ({"json_keys": ("text", "text")}, "names a key twice"),
         ({"json_keys": ("a/b",)}, "cannot be part of a file name"),
         ({"eod_token": "<eod>", "append_eod": True}, "--eod-token '<eod>' is not in the vocabulary"),
+        ({"eod_token": "</s>"}, "--eod-token </s> names the token that --append-eod appends: add --append-eod"),
         (
             {"inputs": (Path("/nonexistent/a.jsonl"), Path("/dev/null"))},
             r"a.jsonl \(not there\), /dev/null \(not a file\)",

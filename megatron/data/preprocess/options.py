@@ -18,7 +18,8 @@ from megatron.utils.errors import ConfigError
 class PreprocessOptions:
     """What the command line asks for.
 
-    `inputs` are files, folders, patterns or `-`. `eod_token` None means the tokenizer's end of sentence.
+    `inputs` are files, folders, patterns or `-`. `eod_token` None means the tokenizer's end of sentence; it is for
+    `append_eod` alone.
     `special_tokens` says what control tokens that are written out in a text become. With `chat`, lines are
     conversations. `restart` drops what an earlier run left to go on with.
     """
@@ -71,6 +72,11 @@ class PreprocessOptions:
             option = next(name for name, given in ends.items() if given)
             raise ConfigError(
                 f"--{option} with --chat: a template says how a conversation begins and ends; leave it out"
+            )
+        if self.eod_token is not None and not self.append_eod:
+            raise ConfigError(
+                f"--eod-token {self.eod_token} names the token that --append-eod appends: add --append-eod, or leave "
+                "--eod-token out"
             )
         if len(set(self.json_keys)) != len(self.json_keys):
             raise ConfigError(f"--json-keys {' '.join(self.json_keys)} names a key twice; name each once")

@@ -49,6 +49,7 @@ def merge(inputs: Sequence[str | Path], output_prefix: str) -> str:
     provenances = [read_provenance(other) for other in prefixes]
     _check_they_agree(prefixes, provenances)
     _check_shards(prefixes, provenances)
+    _tell_keys(provenances)
     ensure_writable_folder(bin_path.parent, "--output-prefix")
     try:
         with IndexedWriter(prefix, pairs[0].dtype) as writer:
@@ -135,6 +136,16 @@ def _check_shards(prefixes: Sequence[str], provenances: Sequence[Provenance | No
         if expected is None and shard is not None and index:
             raise DataError(f"{prefix} is shard {shard}, but shard 0/{count} is missing before it")
         expected = (index + 1, count, key) if shard is not None and index + 1 < count else None
+
+
+def _tell_keys(provenances: Sequence[Provenance | None]) -> None:
+    keys = dict.fromkeys(made.json_key for made in provenances if made is not None)
+    if len(keys) > 1:
+        _LOGGER.warning(
+            "the pairs are of texts under different keys (%s), whose documents will follow each other; for a pair of "
+            "each key merge these by themselves, by patterns such as '*_KEY_document.idx'",
+            ", ".join(map(repr, keys)),
+        )
 
 
 def _describe(writer: IndexedWriter, prefixes: Sequence[str], provenances: Sequence[Provenance | None]) -> None:

@@ -154,6 +154,35 @@ def test_shards_that_are_missing_or_mixed_are_refused(options: PreprocessOptions
     merge(parts * 2, str(tmp_path / "twice"))
 
 
+def test_pairs_of_several_keys_are_merged_key_by_key_or_one_after_the_other(
+    options: PreprocessOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = tmp_path / "titled.jsonl"
+    rows = [("one", "rest"), ("", "pain and fever"), ("three", ""), ("four", "no sign of harm")] * 5
+    corpus.write_text("".join(json.dumps({"title": title, "text": text}) + "\n" for title, text in rows))
+    options = replace(options, inputs=(corpus,), json_keys=("title", "text"))
+    preprocess(options)
+    for index in range(2):
+        preprocess(replace(options, shard=parse_shard(f"{index}/2"), output_prefix=str(tmp_path / "parts/p")))
+    with pytest.raises(DataError, match=r"shard 1/2 of the texts under 'text' is missing where .*0000-of.*title"):
+        merge([tmp_path / "parts"], str(tmp_path / "mixed"))
+    titles, texts = (
+        merge([f"{tmp_path}/parts/*_{key}_document.idx"], str(tmp_path / key)) for key in ("title", "text")
+    )
+    for key, merged in (("title", titles), ("text", texts)):
+        assert Path(merged + ".bin").read_bytes() == Path(f"{options.output_prefix}_{key}_document.bin").read_bytes()
+    caplog.clear()
+    both = merge([titles, texts], str(tmp_path / "both"))
+    assert "texts under different keys ('title', 'text')" in caplog.text
+    provenance, pair = read_provenance(both), IndexedReader(both)
+    assert provenance is not None and (provenance.json_key, provenance.documents) == ("title, text", 30)
+    assert [pair.read(number).tolist() for number in range(30)] == [
+        IndexedReader(one).read(number).tolist() for one in (titles, texts) for number in range(15)
+    ]
+    expected = [line for column in (0, 1) for line, row in enumerate(rows, start=1) if row[column]]
+    assert [source_line(provenance, document)[1] for document in range(30)] == expected
+
+
 def made(prefix: str, **changes: object) -> None:
     pair = IndexedReader(prefix)
     first = Provenance(

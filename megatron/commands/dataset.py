@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ledger = actions.add_parser("ledger", help="how much of each source a run has read after a step")
     _add_run_arguments(ledger)
     ledger.add_argument("--step", type=int, metavar="N", help="after this step (default: train.steps)")
+    ledger.add_argument(
+        "--position", type=int, metavar="N", help="after so many samples, where the configuration does not tell"
+    )
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,14 +119,15 @@ def _ledger(arguments: argparse.Namespace) -> int:
     from megatron.train.origin import describe_model
 
     config = _load(arguments)
-    step = config.train.steps if arguments.step is None else arguments.step
-    if step < 0:
-        raise ConfigError(f"--step {step} is negative; steps are counted from 1")
-    samples, accounts = ledger_after(config, describe_model(config)[0], step)
+    if arguments.step is not None and arguments.position is not None:
+        raise ConfigError("--step and --position both say how far the run is; give one of them")
+    asked = config.train.steps if arguments.step is None else arguments.step
+    samples, accounts = ledger_after(config, describe_model(config)[0], step=asked, position=arguments.position)
+    step = asked if arguments.position is None else None
     if arguments.json:
         print(json.dumps({"step": step, "samples": samples, "sources": [asdict(account) for account in accounts]}))
         return 0
-    print(f"after step {step:,}: {samples:,} samples")
+    print(f"{'' if step is None else f'after step {step:,}: '}{samples:,} samples")
     for account in accounts:
         print(f"{account.tokens:>20,} tokens  {account.epochs:>9.4f} epochs  {account.prefix}")
     return 0

@@ -14,6 +14,7 @@ from typing import Any
 from megatron.checkpoint.manager import newest_checkpoint
 from megatron.checkpoint.source import open_source
 from megatron.config.run import RunConfig
+from megatron.config.values import show
 from megatron.data.dataset import Dataset
 from megatron.data.explain import Origin, origin_of
 from megatron.data.ledger import Account, ledger
@@ -57,19 +58,19 @@ def explain_step(
     `step` (from 1). `position` is the first sample of the step, where the configuration does not tell: a run whose
     batch was changed on the way.
 
-    Raises ConfigError for what is not a rank or a step, or another order than the run's checkpoints have.
+    Raises ConfigError for what is not a rank or a step, or a configuration that its newest checkpoint contradicts.
     """
     count = _processes_of(config) if processes is None else processes
     if count < 1:
         raise ConfigError(f"--processes {count} is not a number of processes; use 1 or more")
-    if position is not None and position < 0:
-        raise ConfigError(f"--position {position} is negative; samples are counted from 0")
+    _check_position(position)
     if not 0 <= rank < count:
         raise ConfigError(f"there is no rank {rank} of {count} processes; use 0 to {count - 1}")
     plan = make_plan(config, model, count)
-    _check_order(config, plan)
+    _check_step(config, step, first=1)
+    _check_checkpoint(config, plan, position_is_known=position is not None)
     _, _, data_rank, _ = plan.grid.coordinates(rank)
-    start = plan.ramp.position_after(_check_step(step) - 1) if position is None else position
+    start = plan.ramp.position_after(step - 1) if position is None else position
     dataset = _dataset(config, plan, model)
     with BatchLoader(
         dataset,
@@ -91,10 +92,18 @@ def explain_step(
     return Explanation(step, data_rank, plan.grid.data, start, global_batch, rows)
 
 
-def ledger_after(config: RunConfig, model: ModelConfig, step: int) -> tuple[int, list[Account]]:
-    """(samples, what was read of each source) after `step` steps of a run."""
+def ledger_after(
+    config: RunConfig, model: ModelConfig, *, step: int, position: int | None = None
+) -> tuple[int, list[Account]]:
+    """(samples, what was read of each source) after `step` steps of a run, or after `position` samples.
+
+    Raises ConfigError for a step that the run does not have, or a configuration that its newest checkpoint contradicts.
+    """
+    _check_position(position)
+    _check_step(config, step, first=0)
     plan = make_plan(config, model, _smallest_world(config))
-    position = plan.ramp.position_after(step)
+    _check_checkpoint(config, plan, position_is_known=position is not None)
+    position = plan.ramp.position_after(step) if position is None else position
     dataset = _dataset(config, plan, model)
     return position, [] if isinstance(dataset, MicroBatchDataset) else ledger(dataset, position)
 
@@ -158,10 +167,15 @@ def _dataset(config: RunConfig, plan: Plan, model: ModelConfig) -> Dataset | Mic
     )
 
 
-def _check_step(step: int) -> int:
-    if step < 1:
-        raise ConfigError(f"there is no step {step}: steps are counted from 1")
-    return step
+def _check_step(config: RunConfig, step: int, first: int) -> None:
+    last = config.train.steps
+    if not first <= step <= last:
+        raise ConfigError(f"there is no step {step}: the steps of the run are {first} to {last} (train.steps={last})")
+
+
+def _check_position(position: int | None) -> None:
+    if position is not None and position < 0:
+        raise ConfigError(f"--position {position} is negative; samples are counted from 0")
 
 
 def _newest(config: RunConfig) -> Path | None:
@@ -181,13 +195,24 @@ def _processes_of(config: RunConfig) -> int:
     return int(grid["tensor"] * grid["context"] * grid["pipeline"] * grid["data"])
 
 
-def _check_order(config: RunConfig, plan: Plan) -> None:
-    """Raise ConfigError where the run's own checkpoints have another order of samples than the configuration."""
+def _check_checkpoint(config: RunConfig, plan: Plan, *, position_is_known: bool) -> None:
+    """Raise ConfigError where the run's newest checkpoint has another order of samples than the configuration, or,
+    where that is to say it, was at another position."""
     newest = _newest(config)
-    if newest is not None:
-        with open_source(newest) as source:
-            order = describe_order(config, sequence_length=plan.sequence_length, samples=plan.samples)
-            check_resume(config, source, order)
+    if newest is None:
+        return
+    with open_source(newest) as source:
+        order = describe_order(config, sequence_length=plan.sequence_length, samples=plan.samples)
+        check_resume(config, source, order)
+        state = source.state or {}
+    step, samples = int(state.get("step", 0)), int(state.get("consumed_samples", 0))
+    expected = plan.ramp.position_after(step)
+    if not position_is_known and samples != expected:
+        raise ConfigError(
+            f"{newest} had read {samples:,} samples after step {step:,}, but by train.global_batch="
+            f"{show(config.train.global_batch)} these would have been {expected:,}: the configuration is not that of "
+            "the run, or its batch was changed on the way. Give the run's, or name the samples with --position"
+        )
 
 
 def _smallest_world(config: RunConfig) -> int:

@@ -81,6 +81,7 @@ def test_a_step_is_traced_to_the_lines_of_the_text(prefix: str, capsys: pytest.C
     ("words", "hint"),
     [
         (["--step", "0", "--processes", "1"], "there is no step 0"),
+        (["--step", "99", "--train.steps", "98", "--processes", "1"], "steps of the run are 1 to 98 (train.steps=98)"),
         (["--step", "1", "--processes", "0"], "--processes 0 is not a number of processes"),
         (["--step", "1", "--processes", "1", "--position", "-5"], "--position -5 is negative"),
         (["--step", "1", "--processes", "1", "--rank", "-1"], "there is no rank -1"),
@@ -96,3 +97,45 @@ def test_the_ledger_of_a_run(prefix: str, capsys: pytest.CaptureFixture[str]) ->
     assert main(["dataset", "ledger", *words, "--step", "3"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("after step 3: 12 samples\n") and "144 tokens" in text and prefix in text
+    assert main(["dataset", "ledger", *words, "--position", "12", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["step"], told["samples"], told["sources"][0]["tokens"]) == (None, 12, 144)
+    for wrong, hint in (
+        (["--step", "4", "--train.steps", "3"], "steps of the run are 0 to 3"),
+        (["--step", "-1"], "there is no step -1"),
+        (["--position", "-1"], "--position -1 is negative"),
+        (["--position", "1", "--step", "1"], "give one of them"),
+    ):
+        assert main(["dataset", "ledger", *words, *wrong]) == 2
+        assert hint in capsys.readouterr().err
+
+
+def test_a_configuration_that_is_not_the_runs_is_refused(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is read of it would not be what the run has read."""
+    words = ["--config", "tiny", "--data.train", prefix, "--data.sequence_length", "12", "--data.order", "stable"]
+    words += [
+        "--train.micro_batch",
+        "1",
+        "--train.steps",
+        "2",
+        "--optimizer.warmup_steps",
+        "0",
+        "--checkpoint.save",
+        str(tmp_path / "save"),
+    ]
+    assert main(["train", *words, "--train.global_batch", "2", "--evaluate.interval", "null"]) == 0
+    other = {
+        "--train.global_batch": ["4", "had read 4 samples after step 2, but by train.global_batch=4 these would have"],
+        "--data.seed": ["7", "was trained on another order of samples: data.seed was 1234, now 7"],
+    }
+    for verb in (["ledger", "--step", "2"], ["explain", "--step", "1"]):
+        assert main(["dataset", *verb, *words, "--train.global_batch", "2"]) == 0
+        for key, (value, hint) in other.items():
+            capsys.readouterr()
+            assert main(["dataset", *verb, *words, "--train.global_batch", "2", key, value]) == 2
+            assert hint in capsys.readouterr().err
+        wanted = ["--position", "0", "--train.global_batch", "4"]
+        verb = [word for word in verb if verb[0] == "explain" or word not in ("--step", "2")]
+        assert main(["dataset", *verb, *words, *wanted]) == 0

@@ -53,8 +53,8 @@ class MicroBatchDataset(Protocol):
         """How long the micro-batches of the rows [n, b] are: [n]."""
         ...
 
-    def micro_batch(self, indices: NDArray[np.int64]) -> MicroBatch:
-        """The rows [b], of which those past the end carry no loss."""
+    def micro_batches(self, indices: NDArray[np.int64]) -> list[MicroBatch]:
+        """The micro-batches of the rows [n, b], of which those past the end carry no loss."""
         ...
 
     def source(self, index: int) -> str:
@@ -235,7 +235,7 @@ class BatchLoader:
         indices = self._indices(position)
         if self._in_batches is not None:
             lengths = self._in_batches.lengths(np.arange(position, last).reshape(-1, self._micro_batch))
-            return [self._in_batches.micro_batch(rows) for rows in indices], int(lengths.sum()) * self._micro_batch
+            return self._in_batches.micro_batches(indices), int(lengths.sum()) * self._micro_batch
         batch = self._read_samples(indices) if self._in_rows is None else self._read_rows(indices, self._in_rows)
         return batch, (last - position) * batch[0].tokens.shape[1]
 

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from megatron.data.dataset import ENDLESS
 from megatron.data.explain import line_of
 from megatron.data.instruction.order import Order
 from megatron.data.instruction.packing import Packing, window_for
-from megatron.data.instruction.pair import ConversationPair, Role, text_prefix
+from megatron.data.instruction.pair import ConversationPair, Role, spread, text_prefix
 from megatron.data.loader import MicroBatch
 from megatron.data.provenance import read_provenance
 from megatron.kernels.runs import Documents
@@ -96,34 +97,48 @@ class InstructionDataset:
         unit = math.lcm(_LENGTH_UNIT, batching.length_unit)
         return np.minimum(-(-np.maximum(inputs.max(axis=1), 1) // unit) * unit, batching.sequence_length)
 
-    def micro_batch(self, indices: NDArray[np.int64]) -> MicroBatch:
-        """The rows `indices` [b], of which those past the end carry no loss.
+    def micro_batches(self, indices: NDArray[np.int64]) -> list[MicroBatch]:
+        """The micro-batches of the rows [n, b], of which those past the end carry no loss.
 
         Raises DataError for tokens outside the vocabulary and for roles that are none.
         """
-        shape = (len(indices), int(self.lengths(indices[None])[0]))
-        tokens, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
-        weights, starts = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int32)
-        most = 1
-        rows = [self.conversations(index) if index < self._rows else [] for index in indices.tolist()]
-        members, sequences = self._order.locate(
-            np.array([position for row in rows for position in row], dtype=np.int64)
-        )
-        located = zip(members.tolist(), sequences.tolist(), strict=True)
-        for row, conversations in enumerate(rows):
-            column = 0
-            for member, sequence in itertools.islice(located, len(conversations)):
-                read, roles = self._read(self._pairs[member], sequence)
-                part = slice(column, column + len(read) - 1)
-                tokens[row, part], labels[row, part] = read[:-1], read[1:]
-                weights[row, part] = self._weights(read[1:], roles[1:])
-                starts[row, part] = column
-                column = part.stop
-            starts[row, column:] = column  # padding keeps to itself
-            most = max(most, len(conversations) + 1)
-        labels[weights == 0] = IGNORED
-        documents = None if self._packing is None else Documents(torch.from_numpy(starts), most)
-        return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(labels), documents, torch.from_numpy(weights))
+        widths = self.lengths(indices)
+        bounds = np.append(0, np.cumsum(widths * indices.shape[1]))  # of each micro-batch among all tokens
+        placed = self._place(indices, widths)
+        tokens, labels = np.zeros(bounds[-1], dtype=np.int64), np.full(bounds[-1], IGNORED, dtype=np.int64)
+        weights = np.zeros(bounds[-1], dtype=np.float32)
+        for member in np.unique(placed.members).tolist():
+            here = placed.members == member
+            sequences, inputs = placed.sequences[here], placed.inputs[here]
+            read, following, roles = self._read(self._pairs[member], sequences, inputs)
+            weighed = self._weights(following, roles)
+            at = spread(placed.begins[here], inputs)
+            tokens[at], labels[at], weights[at] = read, np.where(weighed == 0, IGNORED, following), weighed
+        starts = None if self._packing is None else placed.starts(widths)
+        found = []
+        for begin, end, most in zip(bounds[:-1].tolist(), bounds[1:].tolist(), placed.most.tolist(), strict=True):
+
+            def rows(flat: NDArray[Any], part: slice = slice(begin, end)) -> torch.Tensor:
+                return torch.from_numpy(flat[part].reshape(indices.shape[1], -1))
+
+            documents = None if starts is None else Documents(rows(starts), most)
+            found.append(MicroBatch(rows(tokens), rows(labels), documents, rows(weights)))
+        return found
+
+    def _place(self, indices: NDArray[np.int64], widths: NDArray[np.int64]) -> _Placed:
+        """Where the conversations of micro-batches of rows [n, b], `widths` [n] long, lie in them."""
+        rows = [self.conversations(index) if index < self._rows else [] for index in indices.reshape(-1).tolist()]
+        counts = np.fromiter(map(len, rows), np.int64, len(rows))
+        positions = np.fromiter(itertools.chain.from_iterable(rows), np.int64, counts.sum())
+        members, sequences = self._order.locate(positions)
+        inputs = self._inputs_of(members, sequences)
+        before = np.append(0, np.cumsum(inputs))
+        row_ends = np.cumsum(counts)
+        row_widths = np.repeat(widths, indices.shape[1])
+        columns = before[:-1] - np.repeat(before[row_ends - counts], counts)
+        begins = columns + np.repeat(np.cumsum(row_widths) - row_widths, counts)
+        most = 1 + counts.reshape(indices.shape).max(axis=1)
+        return _Placed(members, sequences, inputs, columns, begins, before[row_ends] - before[row_ends - counts], most)
 
     def source(self, index: int) -> str:
         """Where a row comes from, in words for an error message."""
@@ -135,28 +150,65 @@ class InstructionDataset:
 
     def _inputs(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many input tokens the conversations at these positions have."""
-        members, sequences = self._order.locate(positions)
-        sizes = np.empty_like(positions)
+        return self._inputs_of(*self._order.locate(positions))
+
+    def _inputs_of(self, members: NDArray[np.int64], sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        sizes = np.empty_like(sequences)
         for member in np.unique(members).tolist():
             here = members == member
             sizes[here] = self._pairs[member].sizes[sequences[here]]
         return np.clip(sizes - 1, 0, self._batching.sequence_length)
 
-    def _read(self, pair: ConversationPair, sequence: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The tokens and roles of a conversation: inputs and one more."""
-        tokens, roles = pair.read(sequence, self._batching.sequence_length + 1)
+    def _read(
+        self, pair: ConversationPair, sequences: NDArray[np.int64], inputs: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.integer]]:
+        """The inputs of conversations back to back, the labels of these and the roles of the labels, all checked."""
+        tokens, labels, roles = pair.read_many(sequences, inputs)
+        if not len(tokens):
+            return tokens, labels, roles
+        low, high = min(tokens.min(), labels.min()), max(tokens.max(), labels.max())
+        if low < 0 or high >= self._vocab_size or roles.min() < 0 or roles.max() > max(Role):
+            for sequence in sequences.tolist():  # one of them is to be named
+                self._check(pair, sequence)
+        return tokens, labels, roles
+
+    def _check(self, pair: ConversationPair, sequence: int) -> None:
+        tokens, _ = pair.read(sequence, self._batching.sequence_length + 1)
         if len(tokens) and tokens.max() >= self._vocab_size:
             raise DataError(
                 f"{pair.source(sequence)} holds the token {tokens.max()}, which is not among the model's vocabulary of "
                 f"{self._vocab_size} (0 … {self._vocab_size - 1}); use data made with this model's tokenizer"
             )
-        return (tokens, roles) if len(tokens) else (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
-    def _weights(self, labels: NDArray[np.int64], roles: NDArray[np.int64]) -> NDArray[np.float32]:
-        weights = np.where(roles == Role.ASSISTANT, np.float32(1.0), np.float32(self._batching.prompt_loss_weight))
+    def _weights(self, labels: NDArray[np.int64], roles: NDArray[np.integer]) -> NDArray[np.float32]:
+        of_roles = np.full(len(Role), self._batching.prompt_loss_weight, dtype=np.float32)
+        of_roles[Role.ASSISTANT] = 1.0
+        weights = of_roles[roles]
         if self._batching.pad_token_id is not None:
             weights[labels == self._batching.pad_token_id] = 0.0
         return weights
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Conversations in micro-batches: of each the member and which of its pair's, the number of its inputs, at which
+    column of its row it begins and where among the tokens of all micro-batches; of each row how many tokens it has
+    before its padding; of each micro-batch `most`, the most parts that a row of it has."""
+
+    members: NDArray[np.int64]
+    sequences: NDArray[np.int64]
+    inputs: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    filled: NDArray[np.int64]
+    most: NDArray[np.int64]
+
+    def starts(self, widths: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Of each token the column where its conversation begins. Padding keeps to itself."""
+        row_widths = np.repeat(widths, len(self.filled) // len(widths))
+        starts = np.repeat(self.filled.astype(np.int32), row_widths)
+        starts[spread(self.begins, self.inputs)] = np.repeat(self.columns.astype(np.int32), self.inputs)
+        return starts
 
 
 def _source(pair: ConversationPair, sequence: int) -> str:

@@ -77,9 +77,35 @@ class ConversationPair:
             )
         return tokens, roles
 
+    def read_many(
+        self, sequences: NDArray[np.int64], inputs: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.integer]]:
+        """Of each of these conversations, back to back: its first tokens, as many as `inputs` says; those that follow
+        these; and the roles of the latter. There must be so many; nothing else is checked, as `read` does."""
+        text, role = (one.read_stream(0, self.num_tokens).view(np.ndarray) for one in (self._text, self._role))
+        begins = self._text.pointers.view(np.ndarray)[sequences] // self._text.dtype.itemsize
+        places = spread(begins, inputs)
+        tokens = text[places].astype(np.int64)
+        places += 1  # sequences lie back to back in both files, so they are at the same places
+        return tokens, text[places].astype(np.int64), role[places]
+
     def source(self, sequence: int) -> str:
         """Where a conversation is, in words for an error message."""
         return f"{self._text.bin_path} (sequence {sequence})"
+
+
+def spread(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers of runs, one after the other: run k is `lengths[k]` numbers from `begins[k]` on."""
+    ends = np.cumsum(lengths)
+    numbers = np.repeat(begins - (ends - lengths), lengths)
+    numbers += np.arange(len(numbers))
+    return numbers
+
+
+def holds_conversations(prefix: str) -> bool:
+    """Whether a prefix is of conversations and not of a pair of tokens."""
+    pair, text, role = _files(prefix)
+    return bool(text and role and not pair)
 
 
 def holds_roles(prefix: str) -> bool:
@@ -90,8 +116,8 @@ def holds_roles(prefix: str) -> bool:
 
 def require_no_conversations(prefix: str) -> None:
     """Raise DataError where a prefix is not of a pair of tokens but of conversations."""
-    pair, text, role = _files(prefix)
-    if text and role and not pair:
+    if holds_conversations(prefix):
+        _, text, role = _files(prefix)
         raise DataError(
             f"{prefix} is of conversations ({text[0].name}, {role[0].name}): data.kind=pretraining reads a pair of "
             "tokens; use data.kind=instruction for these"

@@ -35,7 +35,7 @@ def training(config: DataConfig, sequence_length: int = 16) -> InstructionDatase
 
 
 def firsts(dataset: InstructionDataset, count: int) -> list[int]:
-    return [int(dataset.micro_batch(np.array([row])).tokens[0, 0]) for row in range(count)]
+    return [int(dataset.micro_batches(np.array([[row]]))[0].tokens[0, 0]) for row in range(count)]
 
 
 def test_the_megatron_order_is_megatron_llms(make_conversations: MakeConversations) -> None:

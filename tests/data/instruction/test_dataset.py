@@ -71,7 +71,7 @@ def test_padded_rows(
     assert len(dataset) == 40
     lengths = set()
     for start in range(0, 40, 4):
-        micro = dataset.micro_batch(np.arange(start, start + 4))
+        micro = dataset.micro_batches(np.arange(start, start + 4)[None])[0]
         inputs = [min(max(len(tokens) - 1, 0), 48) for tokens, _ in conversations[start : start + 4]]
         length = min(48, -(-max(*inputs, 1) // 16) * 16)
         assert micro.tokens.shape == micro.labels.shape == (4, length) and micro.documents is None
@@ -88,7 +88,7 @@ def test_lengths_are_what_the_grid_needs(make_conversations: MakeConversations) 
     for unit, expected in ((1, [16, 48]), (12, [48, 48]), (32, [32, 60])):
         dataset = dataset_of(prefix, Batching(60, False, length_unit=unit))
         assert dataset.lengths(np.array([[0], [1]])).tolist() == expected
-        assert [dataset.micro_batch(np.array([index])).tokens.shape[1] for index in range(2)] == expected
+        assert [dataset.micro_batches(np.array([[index]]))[0].tokens.shape[1] for index in range(2)] == expected
 
 
 def test_packed_rows(make_conversations: MakeConversations) -> None:
@@ -97,7 +97,7 @@ def test_packed_rows(make_conversations: MakeConversations) -> None:
     dataset = dataset_of(make_conversations(conversations), batching)
     seen: list[int] = []
     for index in range(len(dataset)):
-        micro, column = dataset.micro_batch(np.array([index])), 0
+        micro, column = dataset.micro_batches(np.array([[index]]))[0], 0
         assert micro.tokens.shape == (1, 48) and micro.documents is not None
         starts = micro.documents.starts[0].tolist()
         for number in dataset.conversations(index):
@@ -175,7 +175,7 @@ def test_a_token_outside_the_vocabulary_is_named(make_conversations: MakeConvers
     prefix = make_conversations([([1, 2], [1, 2]), ([3, 49, 5], [1, 2, 2])])
     dataset = dataset_of(prefix, Batching(8, False), vocab_size=49)
     with pytest.raises(DataError, match=r"orca-text.bin \(sequence 1\) holds the token 49.*vocabulary of 49"):
-        dataset.micro_batch(np.array([0, 1]))
+        dataset.micro_batches(np.array([[0, 1]]))
     assert "sequence 1" in dataset.source(1)
 
 

@@ -50,7 +50,7 @@ def test_real_questions_and_answers(shared: Path, tmp_path: Path) -> None:
     )
     assert 1 - np.minimum(pair.sizes - 1, LENGTH).sum() / (len(dataset) * LENGTH) < 0.03, "too much padding"
     for row in range(0, len(dataset), 7):
-        micro = dataset.micro_batch(np.array([row]))
+        micro = dataset.micro_batches(np.array([[row]]))[0]
         assert micro.documents is not None
         labels, starts = micro.labels[0], micro.documents.starts[0]
         for number, start in zip(order[dataset.conversations(row)], starts.unique().tolist(), strict=False):

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file it
 
 from megatron.config.megatron_llm.table import read_flags
 from megatron.config.megatron_llm.translate import Facts, Translation, translate
+from megatron.config.values import show
 from megatron.utils.environment import read_launch, set_for_libraries
 from megatron.utils.errors import CheckpointError, ConfigError
 from megatron.utils.logging import get_logger
@@ -144,7 +145,8 @@ def _words_of_evaluate(flags: Mapping[str, Any], facts: Facts, done: Translation
     words += [] if length is None else ["--sequence-length", str(length)]
     for axis in ("tensor", "pipeline"):
         words += [f"--{axis}", str(done.keys.get(f"parallel.{axis}", 1))]
-    return words
+    as_in_training = ("data.prompt_loss_weight", "data.pad_token_id", "data.document_mask", "evaluate.metrics")
+    return words + [f"--{key}={show(done.keys[key])}" for key in as_in_training if key in done.keys]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,9 @@ from megatron.utils.errors import ConfigError, DataError
 from megatron.utils.logging import get_logger
 
 _LOGGER = get_logger(__name__)
+
+TRAINING, VALIDATION, TEST = range(3)  # parts of data.split
+PART_NAMES, PART_PLACES = ("training", "validation", "test"), ("first", "second", "third")
 
 T = TypeVar("T")
 
@@ -70,7 +73,7 @@ def open_training_sources(config: DataConfig) -> TrainingSources:
     assert config.train is not None and config.train != SYNTHETIC
     stages = blends_of(config.train)
     prefixes = list(dict.fromkeys(prefix for stage in stages for _, prefix in stage.blend))
-    streams = tuple(_part(config, reader, 0) for reader in open_pairs(prefixes))
+    streams = tuple(_part(config, reader, TRAINING) for reader in open_pairs(prefixes))
     by_size = [max(1, stream.num_tokens) ** (1 / config.temperature) for stream in streams]
     numbers = {prefix: number for number, prefix in enumerate(prefixes)}
 
@@ -127,15 +130,17 @@ def _member_samples(sources: TrainingSources, firsts: list[int], samples: int) -
 
 
 def build_validation_datasets(
-    config: DataConfig, *, sequence_length: int, samples: int, vocab_size: int
+    config: DataConfig, *, sequence_length: int, samples: int | None, vocab_size: int, part: int = VALIDATION
 ) -> list[tuple[str, Dataset]]:
     """A fixed set for each validation source, with a name of it: its first windows in file order. Empty if there are
     none.
 
-    The sources are those of `data.validation`, or the second part of data.split of those of `data.train`. They share
-    `samples` by weight (alike, where they have none), at least a window each; one that has fewer gives all it has.
+    The sources are those of `data.validation`, or a part of data.split (the second) of those of `data.train`. They
+    share `samples` by weight (alike, where they have none), at least a window each; one that has fewer gives all it
+    has, and all do where `samples` is None.
     """
     if config.validation == SYNTHETIC:
+        assert samples is not None, "synthetic data have no end"
         synthetic = SyntheticDataset(
             vocab_size=vocab_size, sequence_length=sequence_length, seed=config.seed, stream=1, samples=samples
         )
@@ -143,21 +148,52 @@ def build_validation_datasets(
     blend = validation_blend(config)
     if not blend:
         return []
-    shares = [0] * len(blend)
-    greedy_choices(normalised([1.0 if weight is None else weight for weight, _ in blend]), shares, 0, samples)
-    part = 0 if config.validation is not None else 1
+    shares = shares_of(blend, samples)
+    part = TRAINING if config.validation is not None else part
     readers = open_pairs(prefix for _, prefix in blend)
-    streams = [Stream(reader) if part == 0 else _part(config, reader, part) for reader in readers]
+    streams = [Stream(reader) if part == TRAINING else _part(config, reader, part) for reader in readers]
     found: list[tuple[str, Dataset]] = []
     for name, stream, share in zip(source_names([prefix for _, prefix in blend]), streams, shares, strict=True):
-        if part == 0 or stream.num_tokens >= 2:  # a split may leave nothing of a small pair
-            found.append((name, StreamWindows(stream, sequence_length, max(1, share))))
+        if part == TRAINING or stream.num_tokens >= 2:  # a split may leave nothing of a small pair
+            found.append((name, StreamWindows(stream, sequence_length, share)))
     if not found:
         raise DataError(
-            f"data.split={config.split} leaves no pair of data.train two tokens for validation; give the second part "
-            "more, or use data.validation"
+            f"data.split={config.split} leaves no pair of data.train two tokens for {PART_NAMES[part]}; give its "
+            f"{PART_PLACES[part]} part more, or name a pair in data.{PART_NAMES[part]}"
         )
     return found
+
+
+def shares_of(blend: ConfiguredBlend, samples: int | None) -> list[int] | list[None]:
+    """How many of `samples` each validation source has, by weight, at least one; None where they give all they have."""
+    if samples is None:
+        return [None] * len(blend)
+    shares = [0] * len(blend)
+    greedy_choices(normalised([1.0 if weight is None else weight for weight, _ in blend]), shares, 0, samples)
+    return [max(1, share) for share in shares]
+
+
+def held_out(config: DataConfig, part: int) -> DataConfig:
+    """The configuration whose `validation`, or part of data.split, is what is held out for validation or for a test.
+
+    Raises ConfigError where there is nothing, or no end of it.
+    """
+    named = config.test if part == TEST else config.validation
+    if named == SYNTHETIC:
+        raise ConfigError(f"data.{PART_NAMES[part]}=synthetic has no end, so it has no mean loss; name a pair there")
+    found = replace(config, validation=named, test=None, split=config.split if named is None else None)
+    if not validation_blend(found):
+        raise ConfigError(
+            f"there are no data for {PART_NAMES[part]}: neither is data.{PART_NAMES[part]} set, nor data.split with a "
+            "pair in data.train; set one of them"
+        )
+    return found
+
+
+def validation_prefixes(config: DataConfig) -> list[str]:
+    """The pair of tokens of each validation source."""
+    prefixes = [prefix for _, prefix in validation_blend(config)]
+    return prefixes if config.kind == "pretraining" else [text_prefix(prefix) for prefix in prefixes]
 
 
 def validation_blend(config: DataConfig) -> ConfiguredBlend:
@@ -176,7 +212,7 @@ def validation_blend(config: DataConfig) -> ConfiguredBlend:
 
 
 def _part(config: DataConfig, reader: IndexedReader, part: int) -> Stream:
-    """The part of a pair that data.split leaves for training (0), validation (1) or a test (2)."""
+    """The part of a pair that data.split leaves for training, validation or a test."""
     if config.split is None:
         return Stream(reader)
     bounds = split_bounds(config.split, len(reader), config.split_rounding)

@@ -1,6 +1,11 @@
-"""Evaluates a model folder on a token stream: all of `megatron evaluate` but its words."""
+"""Evaluates a model folder on token streams or conversations: all of `megatron evaluate` but its words."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -8,16 +13,27 @@ from megatron.checkpoint.check import check_weights
 from megatron.checkpoint.hub import local_folder_together
 from megatron.checkpoint.source import Source, open_source
 from megatron.checkpoint.weights import load_weights
-from megatron.data.build import check_tokenizer
-from megatron.data.windows import StreamWindows
-from megatron.evaluate.perplexity import Evaluation, evaluate
+from megatron.config.data import DataConfig
+from megatron.data.build import (
+    build_validation_datasets,
+    check_tokenizer,
+    data_prefixes,
+    held_out,
+    validation_blend,
+    validation_prefixes,
+)
+from megatron.data.dataset import Dataset
+from megatron.data.instruction.build import build_instruction_validation
+from megatron.data.loader import MicroBatchDataset
+from megatron.evaluate.markers import find_markers
+from megatron.evaluate.perplexity import Evaluation, evaluate_parts
 from megatron.kernels import native
 from megatron.model.config import ModelConfig
 from megatron.model.specs import canonical_shapes
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Grid, connect
 from megatron.parallel.world import World
-from megatron.tokenizer import find_tokenizer
+from megatron.tokenizer import find_tokenizer, local_tokenizer
 from megatron.utils.errors import ConfigError
 from megatron.utils.logging import get_logger
 
@@ -30,7 +46,8 @@ def evaluate_folder(
     world: World,
     *,
     load: str,
-    data: str,
+    data: DataConfig,
+    part: int,
     sequence_length: int | None,
     micro_batch: int,
     precision: str,
@@ -38,8 +55,11 @@ def evaluate_folder(
     context: int,
     pipeline: int,
     document_mask: bool,
+    metrics: Sequence[str] = (),
+    tokenizer: str | None = None,
 ) -> Evaluation:
-    """Mean loss over the stream `data`; all ranks call it and get the same result on any grid.
+    """Mean loss, and the `metrics`, over all that `data` holds out as its `part` of data.split (or names as such); all
+    ranks call it and get the same result on any grid. `tokenizer` is the model's, where it is not beside it.
 
     Raises an error of ours, alike on all ranks, where folder, data or grid do not fit each other.
     """
@@ -49,24 +69,32 @@ def evaluate_folder(
     config = world.agree(lambda: _check_model(source))
     length = world.agree(lambda: _check_length(sequence_length, config, context))
     grid = world.agree(lambda: _check_grid(world.launch.world_size, tensor, context, pipeline))
-    dataset = world.agree(lambda: _open_data(source, config, data, length))
     # Split sequences need lengths that divide; others are evaluated without.
-    parallel = connect(
-        grid,
-        world.launch.rank,
-        sequence=length % (tensor * context) == 0,
-        num_key_value_heads=config.num_key_value_heads,
-    )
+    sequence = length % (tensor * context) == 0
+    unit = math.lcm(2 * context if context > 1 else 1, context * (tensor if sequence else 1))
+    known = _find_tokenizer(source, tokenizer, world)
+    held = world.agree(lambda: held_out(data, part))
+    datasets = world.agree(lambda: _open_data(held, part, known, config, length, unit))
+    markers = world.agree(lambda: find_markers(metrics, validation_prefixes(held), known))
+    parallel = connect(grid, world.launch.rank, sequence=sequence, num_key_value_heads=config.num_key_value_heads)
     model = world.agree(lambda: Transformer(config, parallel, DTYPES[precision], world.device))
     world.agree(lambda: load_weights(model, source))
-    return evaluate(
+    return evaluate_parts(
         model,
-        dataset,
+        datasets,
         world.exchange,
         micro_batch=micro_batch,
         micro_batches=grid.pipeline,
         document_mask=document_mask,
+        metrics=metrics,
+        markers=markers,
     )
+
+
+def _find_tokenizer(source: Source, named: str | None, world: World) -> Path | None:
+    if named is not None:
+        return Path(world.once_per_machine(lambda: str(local_tokenizer(named))))
+    return world.agree(lambda: find_tokenizer(source.tokenizer_folder))
 
 
 def _check_model(source: Source) -> ModelConfig:
@@ -102,6 +130,18 @@ def _check_grid(world_size: int, tensor: int, context: int, pipeline: int) -> Gr
     return Grid.of_world(world_size, tensor, pipeline, context)
 
 
-def _open_data(source: Source, config: ModelConfig, data: str, sequence_length: int) -> StreamWindows:
-    check_tokenizer([data], find_tokenizer(source.folder), config.vocab_size)
-    return StreamWindows(data, sequence_length)
+def _open_data(
+    data: DataConfig, part: int, tokenizer: Path | None, config: ModelConfig, length: int, unit: int
+) -> Mapping[str, Dataset | MicroBatchDataset]:
+    """All that is held out, by source."""
+    named = replace(data, train=None, validation=validation_blend(data))
+    check_tokenizer(data_prefixes(named), tokenizer, config.vocab_size)
+    if data.kind == "instruction":
+        return dict(
+            build_instruction_validation(
+                data, sequence_length=length, samples=None, vocab_size=config.vocab_size, length_unit=unit, part=part
+            )
+        )
+    return dict(
+        build_validation_datasets(data, sequence_length=length, samples=None, vocab_size=config.vocab_size, part=part)
+    )

@@ -19,8 +19,9 @@ from megatron.config.dump import dump_config, to_dict
 from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
 from megatron.config.validate import validate_grid
-from megatron.data.build import check_tokenizer, data_prefixes
+from megatron.data.build import check_tokenizer, data_prefixes, validation_prefixes
 from megatron.data.loader import BatchLoader
+from megatron.evaluate.markers import find_markers
 from megatron.evaluate.perplexity import Evaluation, evaluate_parts
 from megatron.model.config import ModelConfig
 from megatron.model.families import dropout_notice
@@ -34,7 +35,6 @@ from megatron.train.checkpoints import Checkpoints, check_resume, start_from
 from megatron.train.datasets import (
     describe_order,
     figures_of_sources,
-    find_markers,
     test_config,
     training_dataset,
     validation_sets,
@@ -342,7 +342,8 @@ def _evaluation(
     )
     if not datasets:
         return None
-    markers = find_markers(config, tokenizer)
+    metrics = config.evaluate.metrics
+    markers = find_markers(metrics, validation_prefixes(config.data), tokenizer)
 
     def run() -> Evaluation:
         return evaluate_parts(
@@ -352,7 +353,7 @@ def _evaluation(
             micro_batch=config.train.micro_batch,
             micro_batches=plan.micro_batches,
             document_mask=config.data.document_mask,
-            metrics=config.evaluate.metrics,
+            metrics=metrics,
             markers=markers,
         )
 

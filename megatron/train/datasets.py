@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megatron.config.batches import largest_batch
@@ -16,7 +15,6 @@ from megatron.data.build import (
     open_pairs,
     open_training_sources,
     source_names,
-    validation_blend,
 )
 from megatron.data.dataset import Dataset
 from megatron.data.instruction.build import (
@@ -25,13 +23,8 @@ from megatron.data.instruction.build import (
     open_instruction_sources,
 )
 from megatron.data.instruction.pair import text_prefix
-from megatron.data.instruction.template import END, START
 from megatron.data.ledger import ledger
 from megatron.data.loader import MicroBatchDataset
-from megatron.data.provenance import read_provenance
-from megatron.evaluate.metrics import METRICS, Markers
-from megatron.tokenizer import load_tokenizer
-from megatron.utils.errors import ConfigError
 
 
 def training_dataset(
@@ -120,28 +113,3 @@ def figures_of_sources(dataset: Dataset | MicroBatchDataset) -> Callable[[int], 
         return found
 
     return figures
-
-
-def find_markers(config: RunConfig, tokenizer: Path | None) -> Markers | None:
-    """The tokens around messages, for the metrics that leave them out; None where none of these is asked for.
-
-    Raises ConfigError where the tokenizer, with the tokens that were added to it for the data, does not have them.
-    """
-    asked = [name for name in config.evaluate.metrics if METRICS[name].needs_markers]
-    if not asked:
-        return None
-    which = f"evaluate.metrics has {asked[0]}, which leaves out the tokens {START} and {END} and what is behind them"
-    if tokenizer is None:
-        raise ConfigError(f"{which}; but no tokenizer is known: name it in tokenizer.path, or leave {asked[0]} out")
-    added: list[str] = []
-    for _, prefix in validation_blend(config.data):
-        provenance = read_provenance(text_prefix(prefix) if config.data.kind == "instruction" else prefix)
-        added = added if provenance is None else provenance.added_tokens
-    known = load_tokenizer(tokenizer, added)
-    start, end = known.token_id(START), known.token_id(END)
-    if start is None or end is None:
-        raise ConfigError(
-            f"{which}; but {tokenizer} does not have them, nor were they added for the validation data: leave "
-            f"{', '.join(asked)} out, or use data written with Megatron-LLM's template"
-        )
-    return Markers(start, end)

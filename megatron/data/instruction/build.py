@@ -10,18 +10,24 @@ from numpy.typing import NDArray
 
 from megatron.config.data import Blend, DataConfig, blends_of
 from megatron.data.blend import MegatronChoices, StableChoices, normalised
-from megatron.data.build import source_names, validation_blend
+from megatron.data.build import (
+    PART_NAMES,
+    PART_PLACES,
+    TRAINING,
+    VALIDATION,
+    shares_of,
+    source_names,
+    validation_blend,
+)
+from megatron.data.dataset import ENDLESS
 from megatron.data.instruction.dataset import Batching, InstructionDataset
 from megatron.data.instruction.order import Epochs, InOrder, MegatronEpochs, Order, StableEpochs, megatron_part
 from megatron.data.instruction.pair import ConversationPair
-from megatron.data.native import greedy_choices
 from megatron.data.split import split_bounds
 from megatron.utils.errors import DataError
 from megatron.utils.logging import get_logger
 
 _LOGGER = get_logger(__name__)
-
-_TRAINING, _VALIDATION = 0, 1  # parts of data.split
 
 
 @dataclass(frozen=True)
@@ -75,37 +81,43 @@ def build_instruction_training(
 
 
 def build_instruction_validation(
-    config: DataConfig, *, sequence_length: int, samples: int, vocab_size: int, length_unit: int
+    config: DataConfig,
+    *,
+    sequence_length: int,
+    samples: int | None,
+    vocab_size: int,
+    length_unit: int,
+    part: int = VALIDATION,
 ) -> list[tuple[str, InstructionDataset]]:
     """A fixed set for each validation source, with a name of it: its first rows. Empty if there are none.
 
-    The sources are those of `data.validation` in file order, or the second part of data.split of those of `data.train`
-    in the order in which Megatron-LLM divides them. They share `samples` rows by weight, at least one each.
+    The sources are those of `data.validation` in file order, or a part of data.split (the second) of those of
+    `data.train` in the order in which Megatron-LLM divides them. They share `samples` rows by weight, at least one
+    each; where it is None, they give all they have.
     """
     blend: Blend = validation_blend(config)
     if not blend:
         return []
-    shares = [0] * len(blend)
-    greedy_choices(normalised([1.0 if weight is None else weight for weight, _ in blend]), shares, 0, samples)
+    shares = shares_of(blend, samples)
     prefixes = [prefix for _, prefix in blend]
     found = []
     for name, prefix, share in zip(source_names(prefixes), prefixes, shares, strict=True):
         pair = ConversationPair(prefix)
-        part = _part(config, pair, _VALIDATION)[0] if config.validation is None else np.arange(len(pair))
-        if len(part):
+        held = _part(config, pair, part)[0] if config.validation is None else np.arange(len(pair))
+        if len(held):
             batching = _batching(config, sequence_length, length_unit)
-            order, most = Order([InOrder(part)]), max(1, share)
+            order, most = Order([InOrder(held)]), ENDLESS if share is None else share
             found.append((name, InstructionDataset([pair], order, batching, vocab_size=vocab_size, most=most)))
     if not found:
         raise DataError(
-            f"data.split={config.split} leaves no conversation of data.train for validation; give the second part "
-            "more, or use data.validation"
+            f"data.split={config.split} leaves no conversation of data.train for {PART_NAMES[part]}; give its "
+            f"{PART_PLACES[part]} part more, or name a prefix in data.{PART_NAMES[part]}"
         )
     return found
 
 
 def _epochs(config: DataConfig, pair: ConversationPair) -> Epochs:
-    part, generator = _part(config, pair, _TRAINING)
+    part, generator = _part(config, pair, TRAINING)
     if not len(part):
         raise DataError(
             f"data.split={config.split} leaves none of the {len(pair)} conversations of {pair.prefix} for training; "

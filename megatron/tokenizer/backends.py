@@ -8,12 +8,15 @@ white space runs.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron.tokenizer.cuts import Cutter, MarkedSpaceCutter, WordCutter
 from megatron.tokenizer.forms import SPACE_MARK, Form, hugging_face_form, sentencepiece_form
+from megatron.tokenizer.joins import Joiner
 from megatron.tokenizer.model_file import ModelFile, PieceKind
 from megatron.utils.errors import DataError
 
@@ -27,6 +30,7 @@ _MARKING = [
     {"type": "Prepend", "prepend": SPACE_MARK},
     {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
 ]
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class SentencePieceBackend:
@@ -68,19 +72,36 @@ class SentencePieceBackend:
         text: str = self._processor.decode(list(ids))
         return text
 
+    @cached_property
+    def _model(self) -> ModelFile:
+        return ModelFile.parse(self._content)
+
+    @property
+    def _marks_spaces(self) -> bool:
+        """Whether it encodes as cutter and joiner have it."""
+        model = self._model
+        marks = model.marks_spaces and model.adds_leading_space and not model.space_as_suffix
+        return model.is_bpe and model.byte_fallback and marks and not model.has_character_map
+
     def form(self) -> Form:
-        return sentencepiece_form(ModelFile.parse(self._content))
+        return sentencepiece_form(self._model)
 
     def markup_encoder(self, added: Mapping[str, int]) -> Callable[[str], list[int]] | None:
         return None
 
     def cutter(self) -> Cutter | None:
-        model = ModelFile.parse(self._content)
-        marks = model.marks_spaces and model.adds_leading_space and not model.space_as_suffix
-        if not (model.is_bpe and model.byte_fallback and marks) or model.has_character_map:
+        if not self._marks_spaces:
             return None
         fixed = (PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.BYTE)
-        return MarkedSpaceCutter(piece.text for piece in model.pieces if piece.kind not in fixed)
+        return MarkedSpaceCutter(piece.text for piece in self._model.pieces if piece.kind not in fixed)
+
+    def joiner(self) -> Joiner | None:
+        model = self._model
+        others = model.of_kind(PieceKind.USER_DEFINED) or model.of_kind(PieceKind.UNUSED)
+        if not self._marks_spaces or others or model.removes_extra_spaces:
+            return None
+        texts = {identity: text for text, identity in model.of_kind(PieceKind.NORMAL).items()}
+        return Joiner(texts, {identity: int(text[3:5], 16) for text, identity in model.of_kind(PieceKind.BYTE).items()})
 
 
 class HuggingFaceBackend:
@@ -157,6 +178,13 @@ class HuggingFaceBackend:
         if not splitter and normalizer.get("normalizers") == _MARKING and model.get("byte_fallback"):
             return MarkedSpaceCutter(model["vocab"])
         return WordCutter() if not normalizer and _splits_into_words(splitter) else None
+
+    def joiner(self) -> Joiner | None:
+        cutter, model = self.cutter(), json.loads(self._content)["model"]
+        if not isinstance(cutter, MarkedSpaceCutter) or model.get("ignore_merges") or model.get("dropout"):
+            return None
+        bytes_of = {identity: int(text[3:5], 16) for text, identity in model["vocab"].items() if _BYTE.fullmatch(text)}
+        return Joiner({identity: text for text, identity in model["vocab"].items()}, bytes_of)
 
 
 def _splits_into_words(splitter: dict[str, Any]) -> bool:

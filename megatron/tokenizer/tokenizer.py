@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from megatron.tokenizer.cuts import PART_CHARACTERS, Cutter
 from megatron.tokenizer.engines import Engine, Ids, Library, choose_engine
 from megatron.tokenizer.forms import pattern_of
+from megatron.tokenizer.joins import Joiner
 from megatron.utils.errors import DataError
 
 SpecialTokens = Literal["text", "ids"]
@@ -48,6 +49,10 @@ class Backend(Library, Protocol):
 
     def cutter(self) -> Cutter | None:
         """Cuts long texts where that changes no id; None if it is not known where that is."""
+        ...
+
+    def joiner(self) -> Joiner | None:
+        """Encodes long texts that cannot be cut in parts; None if the tokenizer is none of which that is known."""
         ...
 
 
@@ -129,6 +134,11 @@ class Tokenizer:
     def _cutter(self) -> Cutter | None:
         return self._backend.cutter()
 
+    @cached_property
+    def _joiner(self) -> Joiner | None:
+        joiner = self._backend.joiner()
+        return joiner if joiner is not None and joiner.is_exact(self._encode_whole) else None
+
     def encode(self, text: str, special_tokens: SpecialTokens = "text") -> list[int]:
         """The ids of a text, by the tokenizer's own library: no beginning or end of sentence is added, and none is
         read out of the text unless `special_tokens` is "ids". Raises DataError for half of a surrogate pair.
@@ -174,9 +184,18 @@ class Tokenizer:
                 continue
             cut = self._cutter.parts(part) if len(part) > PART_CHARACTERS and self._cutter else [(part, 0)]
             for piece, left_out in cut:
-                (ids,) = self._engine.encode_each([piece])
-                runs.append(np.asarray(ids[left_out:], dtype))
+                first, *others = self._encode_long(piece, dtype)
+                runs += [first[left_out:], *others]
         return np.concatenate(runs)
+
+    def _encode_long(self, text: str, dtype: np.dtype) -> list[NDArray[np.integer]]:
+        """The ids of a text in runs, the first of which is not empty."""
+        if len(text) > 2 * PART_CHARACTERS and self._joiner is not None:
+            return self._joiner.encode(text, self._encode_whole, dtype)
+        return [np.asarray(self._encode_whole(text), dtype)]
+
+    def _encode_whole(self, text: str) -> Ids:
+        return self._engine.encode_each([text])[0]
 
     def encode_markup(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
         """The ids of each text, whose special tokens are such, as a chat template writes them.

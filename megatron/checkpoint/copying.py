@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from megatron.checkpoint.torch_writer import Content, TorchWriter
 from megatron.utils.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # (what is done, bytes so far, bytes in all)
-Written = tuple[int, str]  # a file's bytes and SHA-256 ("": none was asked for, or it holds checksums of its own)
+Written = tuple[int, str]  # a file's bytes and checksum ("": it holds checksums of its own)
 
 BLOCK_BYTES = 8 * 2**20  # that a processor's cache holds, so that what was read is checksummed and written from there
 JOURNAL = ".conversion.jsonl"
@@ -65,13 +66,13 @@ class Copier:
         """What is still to be written."""
         return self.total_bytes - self._done_bytes
 
-    def run(self, *, checksums: bool) -> dict[str, Written]:
+    def run(self) -> dict[str, Written]:
         """Write every file that the journal does not list; returns size and checksum of each by its name."""
         done = dict(self._done)
         left = [file for file in self.files if file.name not in done]
         workers = max(1, min(_WORKERS, len(left)))
-        with ThreadPoolExecutor(workers) as pool:
-            futures = {file.name: pool.submit(self._write_file, file, checksums) for file in left}
+        with _one_thread_each(), ThreadPoolExecutor(workers) as pool:
+            futures = {file.name: pool.submit(self._write_file, file) for file in left}
             try:
                 for name, future in futures.items():
                     done[name] = future.result()
@@ -85,7 +86,7 @@ class Copier:
         path = self.folder / name
         return path.is_file() and path.stat().st_size == written[0]
 
-    def _write_file(self, file: OutputFile, checksums: bool) -> Written:
+    def _write_file(self, file: OutputFile) -> Written:
         path = self.folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # half written when it was interrupted
@@ -94,7 +95,7 @@ class Copier:
         plan = {tensor.key: (tensor.dtype, tensor.shape) for tensor in file.tensors}
         writer: SafetensorsWriter | TorchWriter
         if file.content is None:
-            writer = SafetensorsWriter(path, plan, file.metadata, checksum=checksums)
+            writer = SafetensorsWriter(path, plan, file.metadata)
         else:
             writer = TorchWriter(path, plan, file.content)
         source = self.source.again()
@@ -116,6 +117,18 @@ class Copier:
                 raise CheckpointError("stopped, since another file failed")
             self._done_bytes += count
             self._progress(what, self._done_bytes, self.total_bytes)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Have torch copy a block in the thread that asks for it: blocks are so small that to deal each out to several
+    threads takes longer than copying it, and there are several blocks at a time as it is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def read_journal(folder: Path) -> dict[str, Written]:

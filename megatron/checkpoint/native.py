@@ -24,16 +24,17 @@ from megatron.checkpoint.index import StoredPiece, StoredTensor, collect_index
 from megatron.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
-from megatron.utils.files import fsync_folder, sha256_file, write_atomically
+from megatron.utils.files import checksum_file, fsync_folder, write_atomically
 
 MANIFEST = "checkpoint.json"
 RUN_CONFIG = "config.yaml"
 POINTER = "latest"
 PARTIAL = ".partial"  # ending of a folder that is being written
 REMOVED = ".removed"  # ending of a folder that is being removed
-VERSION = 1
+VERSION = 2
 
 _FORMAT = "megatron-med checkpoint"
+_CHECKSUM = "xxh3_128"
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 # What goes along with the weights of a model, besides `config.json`; the licence usually asks for it.
@@ -60,7 +61,7 @@ class OtherVersionError(CheckpointError):
 
 
 class Manifest:
-    """The content of `checkpoint.json`. `files`: name -> (bytes, SHA-256)."""
+    """The content of `checkpoint.json`. `files`: name -> (bytes, checksum)."""
 
     def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
         """Raises KeyError, TypeError, ValueError or AttributeError for a content that is none."""
@@ -68,7 +69,7 @@ class Manifest:
         self.step = int(content["step"])
         self.state: dict[str, Any] | None = content["state"]
         self.files = {
-            _plain(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()
+            _plain(name): (int(entry["bytes"]), str(entry[_CHECKSUM])) for name, entry in content["files"].items()
         }
         self._tensors: dict[str, dict[str, Any]] = {kind: dict(named) for kind, named in content["tensors"].items()}
 
@@ -145,16 +146,16 @@ def write_manifest(
     other_files: Sequence[str],
     index: Mapping[str, Mapping[str, StoredTensor]],
 ) -> None:
-    """Write `checkpoint.json`, which makes the folder whole. `tensor_files`: name -> (bytes, SHA-256)."""
+    """Write `checkpoint.json`, which makes the folder whole. `tensor_files`: name -> (bytes, checksum)."""
     files = dict(tensor_files)
     for name in other_files:
-        files[name] = ((folder / name).stat().st_size, sha256_file(folder / name))
+        files[name] = ((folder / name).stat().st_size, checksum_file(folder / name))
     head = {
         "format": _FORMAT,
         "version": VERSION,
         "step": step,
         "state": state,
-        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
+        "files": {name: {"bytes": size, _CHECKSUM: digest} for name, (size, digest) in sorted(files.items())},
     }
     text = json.dumps(head, indent=1)[: -len("\n}")] + ',\n "tensors": ' + "".join(_format_index(index)) + "\n}\n"
     write_atomically(folder / MANIFEST, text)
@@ -201,7 +202,7 @@ def find_damaged(folder: Path, manifest: Manifest, names: Iterable[str] | None =
     """Read files (default: all) and compare their checksums: yields each name and whether it is damaged."""
     for name in manifest.files if names is None else names:
         try:
-            yield name, sha256_file(folder / name) != manifest.files[name][1]
+            yield name, checksum_file(folder / name) != manifest.files[name][1]
         except OSError as error:
             raise CheckpointError(f"{folder / name} cannot be read ({error.strerror}).") from error
 

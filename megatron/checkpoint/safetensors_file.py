@@ -8,20 +8,19 @@ This module owns the file format and must not know what the tensors mean.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from megatron.checkpoint.strided import REQUEST_BYTES, Entry, memory_of, pread, read_entry, row_blocks
+from megatron.checkpoint.strided import Entry, memory_of, pread, read_entry, row_blocks
 from megatron.utils.errors import CheckpointError
+from megatron.utils.files import new_checksum
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -40,7 +39,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_FLUSH_BYTES = 64 * 2**20
+# For a write the kernel finds memory for all of it at once: where that is scattered, large ones take many times longer.
+WRITE_BYTES = 128 * 2**10
 _HEADER_LIMIT_BYTES = 100 * 10**6  # the limit of the reference implementation
 
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -93,9 +93,7 @@ class SafetensorsWriter:
     rows. Use it as a context manager; it does not remove a file that was left unfinished by an exception.
     """
 
-    def __init__(
-        self, path: Path, plan: Plan, metadata: Mapping[str, str] | None = None, *, checksum: bool = True
-    ) -> None:
+    def __init__(self, path: Path, plan: Plan, metadata: Mapping[str, str] | None = None) -> None:
         """Create the file (it must not exist) and write its header. Raises CheckpointError as `write` does."""
         self.path = path
         # Wide elements first keeps every tensor aligned to its element size, which readers that map files rely on.
@@ -108,9 +106,7 @@ class SafetensorsWriter:
             offset += self.entries[name].size_bytes
         self.size_bytes = offset
         self._position = 0
-        self._digest = hashlib.sha256() if checksum else None
-        self._flushed = 0
-        self._hasher = ThreadPoolExecutor(max_workers=1)
+        self._checksum = new_checksum()
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -136,7 +132,7 @@ class SafetensorsWriter:
                 self._append(memory_of(block.contiguous().cpu()))
 
     def close(self) -> tuple[int, str]:
-        """Have everything on the disk; returns the size in bytes and the SHA-256 of the file ("" without checksum)."""
+        """Have everything on the disk; returns the size in bytes and the checksum of the file."""
         assert self._position == self.size_bytes, f"{self.path}: {self._position} of {self.size_bytes} bytes written"
         try:
             os.fsync(self._descriptor)
@@ -144,7 +140,7 @@ class SafetensorsWriter:
             raise cannot_write(self.path, error, self.size_bytes) from error
         finally:
             self._release()
-        return self.size_bytes, "" if self._digest is None else self._digest.hexdigest()
+        return self.size_bytes, self._checksum.hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -156,22 +152,16 @@ class SafetensorsWriter:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-            self._hasher.shutdown()
 
     def _append(self, data: memoryview) -> None:
-        # It takes as long as the writing does.
-        hashing = None if self._digest is None else self._hasher.submit(self._digest.update, data)
+        self._checksum.update(data)
         try:
             while data:
-                written = os.write(self._descriptor, data[:REQUEST_BYTES])
+                written = os.write(self._descriptor, data[:WRITE_BYTES])
                 self._position += written
                 data = data[written:]
         except OSError as error:
             raise cannot_write(self.path, error, self.size_bytes) from error
-        finally:
-            if hashing is not None:
-                hashing.result()
-        self._flushed = start_writing(self._descriptor, self._flushed, self._position)
 
 
 def preallocate(descriptor: int, path: Path, size_bytes: int) -> None:
@@ -182,15 +172,6 @@ def preallocate(descriptor: int, path: Path, size_bytes: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # the file system has no such thing
             raise cannot_write(path, error, size_bytes) from error
-
-
-def start_writing(descriptor: int, begin: int, stop: int) -> int:
-    """Let the disk begin with what was written, so that the last fsync has little left; returns up to where."""
-    if stop - begin < _FLUSH_BYTES:
-        return begin
-    # What is not on the disk yet stays in memory, and its writing is begun: which is all that is wanted here.
-    os.posix_fadvise(descriptor, begin, stop - begin, os.POSIX_FADV_DONTNEED)
-    return stop
 
 
 def cannot_write(path: Path, error: OSError, size_bytes: int) -> CheckpointError:

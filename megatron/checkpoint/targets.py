@@ -46,7 +46,6 @@ class Target:
 
     files: list[OutputFile]
     finish: Finish
-    checksums: bool  # whether the files' checksums are asked for
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _huggingface(request: Request) -> Target:
         request.write_config(folder, config)
         write_generation(folder, config)
 
-    return Target(files, finish, checksums=False)
+    return Target(files, finish)
 
 
 def _native(request: Request) -> Target:
@@ -132,7 +131,7 @@ def _native(request: Request) -> Target:
         others = [MODEL_CONFIG, *request.write_carried(folder)]
         write_manifest(folder, step=0, state=None, tensor_files=written, other_files=others, index=index)
 
-    return Target(files, finish, checksums=True)
+    return Target(files, finish)
 
 
 def _meta(request: Request) -> Target:
@@ -146,7 +145,7 @@ def _meta(request: Request) -> Target:
         write_atomically(folder / PARAMS, json.dumps(params) + "\n")
         request.write_carried(folder)
 
-    return Target(files, finish, checksums=False)
+    return Target(files, finish)
 
 
 def _megatron_llm(request: Request) -> Target:
@@ -162,7 +161,7 @@ def _megatron_llm(request: Request) -> Target:
         request.write_carried(folder)
         write_atomically(folder / LATEST, "release")
 
-    return Target(files, finish, checksums=False)
+    return Target(files, finish)
 
 
 def _as_piece(tensor: FileTensor, file: str) -> list[tuple[str, StoredPiece]]:

@@ -14,7 +14,7 @@ import torch
 
 from megatron.checkpoint.pickle_writer import write_pickle
 from megatron.checkpoint.pickled import StorageRef, TensorRef
-from megatron.checkpoint.safetensors_file import Plan, cannot_write, preallocate, start_writing
+from megatron.checkpoint.safetensors_file import WRITE_BYTES, Plan, cannot_write, preallocate
 from megatron.checkpoint.strided import contiguous_strides, memory_of, row_blocks
 
 _ALIGNMENT_BYTES = 64  # of every storage, so that files can be mapped
@@ -48,7 +48,6 @@ class TorchWriter:
         try:
             self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by `close` and `__exit__`)
             preallocate(self._file.fileno(), path, self._size_bytes)
-            self._flushed = 0
             self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
             for name, data in (("data.pkl", write_pickle(content(references))), ("byteorder", b"little")):
                 self._archive.writestr(self._describe(name, len(data)), data)
@@ -64,11 +63,12 @@ class TorchWriter:
             part = self._open_part(name)
             for block in row_blocks(rows.detach()):
                 if block.numel():
-                    part.write(memory_of(block.contiguous().cpu()))
+                    data = memory_of(block.contiguous().cpu())
+                    for begin in range(0, len(data), WRITE_BYTES):
+                        part.write(data[begin : begin + WRITE_BYTES])
         except OSError as error:
             raise cannot_write(self.path, error, self._size_bytes) from error
-        assert self._part is not None and self._file is not None
-        self._flushed = start_writing(self._file.fileno(), self._flushed, self._file.tell())
+        assert self._part is not None
         left = self._part[2] - rows.numel() * dtype.itemsize
         assert left >= 0, name
         self._part = (name, part, left)

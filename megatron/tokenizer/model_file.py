@@ -54,13 +54,16 @@ class ModelFile:
         pieces: list[Piece] = []
         trainer: dict[int, int | bytes] = {}
         normalizer: dict[int, int | bytes] = {}
-        for number, value in _fields(content):
+        at = _usual_pieces(content, 0, pieces)
+        while at < len(content):
+            number, value, at = _field(content, at)
             if number == 1:
                 pieces.append(_piece(_as_bytes(value)))
             elif number == 2:
                 trainer.update(_fields(_as_bytes(value)))
             elif number == 3:
                 normalizer.update(_fields(_as_bytes(value)))
+            at = _usual_pieces(content, at, pieces)
         return cls(
             pieces=tuple(pieces),
             is_bpe=trainer.get(3, 1) == 2,
@@ -84,32 +87,48 @@ class ModelFile:
         return found
 
 
+def _usual_pieces(content: bytes, at: int, pieces: list[Piece]) -> int:
+    """Append the pieces from `at` on that are laid out as nearly all are; returns where the first other field begins.
+
+    Each is a field 1 that holds a short text (field 1) and a score (field 2) and no more. A model has so many that
+    reading them field by field takes longer than anything else at a start.
+    """
+    normal, decode_score = PieceKind.NORMAL, _SCORE.unpack_from
+    while at + 2 < len(content) and content[at] == content[at + 2] == 0x0A:
+        length = content[at + 1]
+        end = at + 2 + length
+        if not 7 <= length < 0x80 or end > len(content) or content[at + 3] != length - 7 or content[end - 5] != 0x15:
+            break
+        pieces.append(Piece(content[at + 4 : end - 5].decode("utf-8"), decode_score(content, end - 4)[0], normal))
+        at = end
+    return at
+
+
 def _piece(content: bytes) -> Piece:
-    # There are so many of these that the usual layout, a short text and a score alone, is read in one go.
-    if len(content) > 2 and content[0] == 0x0A and content[1] < 0x80:
-        text, rest = content[2 : 2 + content[1]], content[2 + content[1] :]
-        if len(rest) == 5 and rest[0] == 0x15:
-            return Piece(text.decode("utf-8"), _SCORE.unpack_from(rest, 1)[0], PieceKind.NORMAL)
     fields = dict(_fields(content))
     score: float = _SCORE.unpack(_as_bytes(fields.get(2, bytes(4))))[0]
     return Piece(_as_bytes(fields.get(1, b"")).decode("utf-8"), score, PieceKind(int(fields.get(3, 1))))
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field: whole numbers as such, everything else as bytes."""
+    """(number, value) of each field."""
     at = 0
     while at < len(content):
-        key, at = _varint(content, at)
-        wire = key & 7
-        if wire == 0:
-            value, at = _varint(content, at)
-            yield key >> 3, value
-            continue
-        length = {1: 8, 5: 4}.get(wire, 0)
-        if wire == 2:
-            length, at = _varint(content, at)
-        yield key >> 3, content[at : at + length]
-        at += length
+        number, value, at = _field(content, at)
+        yield number, value
+
+
+def _field(content: bytes, at: int) -> tuple[int, int | bytes, int]:
+    """Number and value (a whole number as such, everything else as bytes) of the field at `at`, and where it ends."""
+    key, at = _varint(content, at)
+    wire = key & 7
+    if wire == 0:
+        value, at = _varint(content, at)
+        return key >> 3, value, at
+    length = {1: 8, 5: 4}.get(wire, 0)
+    if wire == 2:
+        length, at = _varint(content, at)
+    return key >> 3, content[at : at + length], at + length
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:

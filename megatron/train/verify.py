@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron.checkpoint.native import MANIFEST, Manifest, read_manifest
 from megatron.parallel.world import World
 from megatron.utils.errors import CheckpointError
-from megatron.utils.files import sha256_file
+from megatron.utils.files import checksum_file
 from megatron.utils.logging import get_logger
 from megatron.utils.units import format_bytes
 
@@ -59,7 +59,7 @@ def _find_damaged(folder: Path, manifest: Manifest, names: Sequence[str]) -> lis
     damaged = []
     for name in names:
         try:
-            right = sha256_file(folder / name) == manifest.files[name][1]
+            right = checksum_file(folder / name) == manifest.files[name][1]
         except OSError as error:
             damaged.append(f"{name} ({error.strerror})")
         else:

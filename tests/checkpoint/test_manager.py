@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint import manager
+from megatron.checkpoint.native import VERSION
 from megatron.checkpoint.source import open_source
 from megatron.utils.errors import CheckpointError
 
@@ -84,8 +85,8 @@ def test_only_damaged_ones_is_an_error_to_open(saved: Path) -> None:
 
 
 def test_another_version_is_an_error_and_not_passed_over(saved: Path) -> None:
-    _edit_manifest(saved / "step_0000003", version=2)
-    with pytest.raises(CheckpointError, match=r"step_0000003 has version 2 .* reads 1"):
+    _edit_manifest(saved / "step_0000003", version=VERSION + 1)
+    with pytest.raises(CheckpointError, match=rf"step_0000003 has version {VERSION + 1} .* reads {VERSION}"):
         manager.newest_checkpoint(saved)
 
 
@@ -149,13 +150,13 @@ def test_a_crash_while_removing_leaves_nothing_that_looks_whole(saved: Path, mon
 
 
 def test_retention_leaves_a_checkpoint_of_another_version_with_a_warning(saved: Path, caplog) -> None:
-    _edit_manifest(saved / "step_0000001", version=2)
+    _edit_manifest(saved / "step_0000001", version=VERSION + 1)
     manager.apply_retention(saved, 1)
     assert sorted(path.name for path in saved.glob("step_*")) == ["step_0000001", "step_0000003"]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "step_0000001 is not counted by checkpoint.keep_last and stays" in caplog.text
-    assert "has version 2" in caplog.text
+    assert f"has version {VERSION + 1}" in caplog.text
 
 
 def test_retention_leaves_a_checkpoint_that_cannot_be_looked_at(saved: Path, monkeypatch, caplog) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.utils.files import sha256_file
+from megatron.utils.files import checksum_file
 
 from .material import Material, read_metrics, series, words
 from .program import Program, Result, Run, torchrun_command
@@ -386,7 +386,7 @@ def make_whole(step_folder: Path) -> None:
     path = step_folder / "checkpoint.json"
     manifest = json.loads(path.read_text())
     for name, entry in manifest["files"].items():
-        entry["sha256"] = sha256_file(step_folder / name)
+        entry["xxh3_128"] = checksum_file(step_folder / name)
     path.write_text(json.dumps(manifest))
 
 

@@ -105,8 +105,9 @@ def fetch(
         except Exception as error:  # of the client, and of whichever library for HTTP its version uses
             if _is_answer(error):
                 raise
+            folder = _cached_folder(repository, first, cache)
             _logger.info("%s: the hub cannot be asked (%s), so what is in the cache is taken", repository, _said(error))
-            return _cached_folder(repository, first, cache)
+            return folder
         wanted = [name for name in first if name in sizes]
         if not wanted:
             raise ConfigError(f"{repository} holds none of {', '.join(first)}: it is no model that is read here")
@@ -172,11 +173,14 @@ def _list_files(repository: Repository) -> dict[str, int]:
 
 def _is_answer(error: Exception) -> bool:
     """Whether the hub has said no, rather than nothing."""
-    from huggingface_hub.errors import HfHubHTTPError
+    status = _status(error)
+    return isinstance(error, ValueError) if status is None else status not in _BUSY
 
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code not in _BUSY
-    return isinstance(error, ValueError)
+
+def _status(error: BaseException) -> int | None:
+    """The code of the answer that led to an error, if there was one."""
+    code: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return code
 
 
 def _cached_folder(repository: Repository, names: Sequence[str], cache: str | None) -> Path:
@@ -225,7 +229,7 @@ def _explain(repository: Repository, error: Exception) -> MegatronError:
 
     causes = list(_causes(error))
     page = f"{constants.ENDPOINT}/{repository.name}"
-    status = next((cause.response.status_code for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+    status = next((code for cause in causes if (code := _status(cause)) is not None), None)
     code = next((cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno is not None), None)
     named_file = any(isinstance(cause, OSError) and cause.filename is not None for cause in causes)
 

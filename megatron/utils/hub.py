@@ -96,8 +96,9 @@ def fetch(
     """The folder in the cache that holds those files of `first` that the repository has, and then those that `rest`
     names, given the sizes of all its files and the folder with the first ones. What is missing is downloaded.
 
-    Where the hub cannot be asked, what is in the cache is taken as it is. Since files come in the order given, one that
-    is there tells that those before it are. Raises ConfigError, ResourceError, and what `rest` raises.
+    Where the hub cannot be asked, what is in the cache is taken, and `rest` is given its files. Since files come in the
+    order given, one that is there tells that those before it are. Raises ConfigError, ResourceError, and what `rest`
+    raises.
     """
     with _explained(repository):
         try:
@@ -107,6 +108,8 @@ def fetch(
                 raise
             folder = _cached_folder(repository, first, cache)
             _logger.info("%s: the hub cannot be asked (%s), so what is in the cache is taken", repository, _said(error))
+            files = (path for path in folder.rglob("*") if path.is_file())
+            rest({str(path.relative_to(folder)): path.stat().st_size for path in files}, folder)
             return folder
         wanted = [name for name in first if name in sizes]
         if not wanted:
@@ -168,7 +171,8 @@ def _list_files(repository: Repository) -> dict[str, int]:
     from huggingface_hub import HfApi
 
     found = HfApi().model_info(repository.name, revision=repository.revision, files_metadata=True, timeout=_ANSWER_S)
-    return {file.rfilename: file.size or 0 for file in found.siblings or ()}
+    files = ((file.rfilename, file.size or 0) for file in found.siblings or ())
+    return {name: size for name, size in files if ".." not in name.split("/")}
 
 
 def _is_answer(error: Exception) -> bool:

@@ -50,6 +50,7 @@ def test_one_process_of_each_machine_downloads(
     folders = pools(2).run(_fetch, hub.port, str(tmp_path), machines)
     assert len({folder for folder, _ in folders}) == machines
     assert all((Path(folder) / "model.safetensors").read_bytes() == b"weights" for folder, _ in folders)
+    assert sum(path.startswith("/api/models/") for _, path, _ in hub.asked) == machines, "nor do the others ask"
     assert sorted(hub.fetched()) == ["config.json"] * machines + ["model.safetensors"] * machines
     shutil.rmtree(tmp_path)
     hub.gated.add(NAME)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.adapted import AdaptedSource, open_adapter
 from megatron.checkpoint.check import check_weights
 from megatron.checkpoint.checksums import compare_checksums, damage
 from megatron.checkpoint.copying import JOURNAL, Copier, Progress
@@ -63,15 +65,17 @@ def convert(
     dtype: torch.dtype | None = None,
     extension: Extension | None = None,
     file_bytes: int | None = None,
+    adapter: str | Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Conversion:
     """Write the model at `source_path` (anything that `open_source` takes) to `destination` in a format.
 
-    `to` is native unless told, and Hugging Face's for a native source. `tensor` and `pipeline` cut the files as that
-    grid would hold them (native ones load on any grid all the same). `dtype` casts the weights, `extension` changes the
-    vocabulary, `file_bytes` is the most that a file holds which is not cut for a grid, unless one tensor is larger. The
-    destination must be new or empty; it appears once it is whole, and not at all after an error. After an interruption
-    the same call goes on with the files that are not finished.
+    `to` is native unless told, and Hugging Face's for a native source or one with adapters. `tensor` and `pipeline` cut
+    the files as that grid would hold them (native ones load on any grid all the same). `dtype` casts the weights,
+    `extension` changes the vocabulary, `adapter` (PEFT's, or of a run) is put into the weights; to `peft` the adapters
+    of a run are written as they are. `file_bytes` is the most that a file holds which is not cut for a grid, unless one
+    tensor is larger. The destination must be new or empty; it appears once it is whole, and not at all after an error.
+    After an interruption the same call goes on with the files that are not finished.
 
     Raises CheckpointError and, for a request that cannot be, ConfigError.
     """
@@ -79,10 +83,10 @@ def convert(
         raise ConfigError(f"--tensor {tensor} --pipeline {pipeline}: both must be at least 1.")
     destination = Path(os.path.abspath(destination))
     _check_destination(destination)
-    with open_source(source_path) as opened, _extended(opened, extension) as source:
-        to = to or ("huggingface" if source.format == "native" else "native")
+    with _open(source_path, adapter, to) as opened, _extended(opened, extension) as source:
+        to = to or ("huggingface" if source.format == "native" or len(source.parts) > 1 else "native")
         config = ModelConfig.from_huggingface(source.model_config)
-        shapes = canonical_shapes(config)
+        shapes = canonical_shapes(config) if source.adapter is None else source.shapes()
         dtypes = {name: dtype or source.dtype(name) for name in shapes}
         request = Request(source, config, dtypes, _stated_dtype(source, dtypes, dtype), tensor, pipeline, file_bytes)
         target = make_target(to, request)
@@ -99,22 +103,46 @@ def convert(
         format=to,
         files=len(target.files),
         tensors=len(shapes),
-        parameters=config.num_parameters,
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
         size_bytes=total_bytes,
         left_out=("the optimizer state",) if source.has_optimizer else (),
     )
 
 
+def _open(path: str | Path, adapter: str | Path | None, to: Format | None) -> Source:
+    """What is converted: a model, with the adapter in its weights if there is one, or the adapters of a run."""
+    if to != "peft":
+        return open_source(path) if adapter is None else AdaptedSource(open_source(path), open_adapter(adapter))
+    stored = open_adapter(path)
+    if adapter is not None or stored.format == "peft":
+        raise ConfigError(
+            "--to peft writes the adapters of a run as they are: SRC must be its checkpoint or save folder, and "
+            "--adapter must be left out."
+        )
+    return stored
+
+
 def _extended(source: Source, extension: Extension | None) -> Source:
     """The source, once its weights are known to be those of its model, with an extension if there is one."""
+    if extension is not None and (source.adapter is not None or len(source.parts) > 1):
+        raise ConfigError(
+            "--extra-tokens and --vocab-size do not go with adapters: convert with the adapters alone, then change the "
+            "vocabulary of the result."
+        )
+    if source.adapter is not None:
+        return source
     check_weights(source, canonical_shapes(ModelConfig.from_huggingface(source.model_config)))
     return source if extension is None else ExtendedSource(source, extension)
 
 
 def _identity(source: Source, *request: object) -> str:
     """A word for what is converted to what: an interrupted conversion is gone on with by the same one alone."""
-    files = [[name, *_stamp(source.folder / name)] for name in source.weight_files]
-    text = json.dumps([os.path.abspath(source.folder), files, source.model_config, [str(part) for part in request]])
+    files = [
+        [os.path.abspath(part.folder / name), *_stamp(part.folder / name)]
+        for part in source.parts
+        for name in part.weight_files
+    ]
+    text = json.dumps([files, source.model_config, [str(part) for part in request]])
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -141,11 +169,12 @@ def _checked(source: Source) -> Iterator[None]:
 
 
 def _check_content(source: Source, stopped: threading.Event) -> None:
-    for name, damaged in compare_checksums(source, source.weight_files):
-        if stopped.is_set():
-            return
-        if damaged:
-            raise damage(source, [name])
+    for part in source.parts:
+        for name, damaged in compare_checksums(part, part.weight_files):
+            if stopped.is_set():
+                return
+            if damaged:
+                raise damage(part, [name])
 
 
 def _stated_dtype(source: Source, dtypes: Mapping[str, torch.dtype], asked: torch.dtype | None) -> str:

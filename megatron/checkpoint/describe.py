@@ -7,12 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.adapted import with_base
 from megatron.checkpoint.check import check_weights
 from megatron.checkpoint.checksums import compare_checksums, damage
 from megatron.checkpoint.manager import whole_checkpoints
 from megatron.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron.checkpoint.source import Source
 from megatron.model.config import ModelConfig
+from megatron.model.lora import adapter_of
 from megatron.model.specs import canonical_shapes
 from megatron.utils.errors import CheckpointError, ConfigError
 from megatron.utils.units import format_bytes, format_count
@@ -22,6 +24,7 @@ _FORMAT_NAMES = {
     "huggingface": "Hugging Face",
     "meta": "Meta",
     "megatron-llm": "Megatron-LLM",
+    "peft": "PEFT",
 }
 
 
@@ -39,6 +42,7 @@ def describe(source: Source, path: Path) -> dict[str, Any]:
         "consumed_samples": state.get("consumed_samples"),
         "saved_with": _saved_with(source),
         "model": model,
+        "adapters": _describe_adapters(source),
         "problem": problem,
         "parameters": sum(math.prod(stored.shape) for stored in weights.values()),
         "tensors": len(weights),
@@ -70,6 +74,7 @@ def table(description: dict[str, Any]) -> list[tuple[str, str]]:
         ("consumed samples", _count(description["consumed_samples"])),
         ("saved with", ", ".join(f"{name} {value}" for name, value in grid.items() if value is not None)),
         *((name.replace("_", " "), str(value)) for name, value in model.items() if value is not None),
+        ("adapters", _adapters_line(description["adapters"])),
         ("parameters", f"{parameters:,} ({format_count(parameters)})"),
         ("weights", f"{description['tensors']} tensors in {' and '.join(description['dtypes'])}"),
         ("weight files", f"{len(files)}, {format_bytes(description['weight_bytes'])}: {_ends(files)}"),
@@ -119,8 +124,32 @@ def _saved_with(source: Source) -> dict[str, Any] | None:
     return found or None
 
 
+def _describe_adapters(source: Source) -> dict[str, Any] | None:
+    """What adapters are in the place of a model's weights, and where that model is; None where it is a model itself."""
+    if source.adapter is None:
+        return None
+    layers = {(adapter_of(name) or name).rpartition(".")[2]: None for name in source.shapes()}
+    described = asdict(source.adapter)
+    del described["fingerprint"]
+    return {**described, "layers": list(layers)}
+
+
+def _adapters_line(adapters: dict[str, Any] | None) -> str:
+    if adapters is None:
+        return ""
+    scale = f"alpha {adapters['alpha']:g}{' (rslora)' if adapters['rslora'] else ''}"
+    base = adapters["base"] or "a model that is not named"
+    return f"rank {adapters['rank']}, {scale}, for {', '.join(adapters['layers'])} of {base}"
+
+
 def _describe_model(source: Source) -> tuple[dict[str, Any] | None, str | None]:
     """The architecture, and why the model could not be used here, where that is so."""
+    if source.adapter is not None:
+        try:
+            with with_base(source) as adapted:
+                return _describe_model(adapted)
+        except CheckpointError as error:
+            return None, str(error)
     try:
         config = ModelConfig.from_huggingface(source.model_config)
     except ConfigError as error:

@@ -20,13 +20,17 @@ from megatron.checkpoint.huggingface import (
 from megatron.checkpoint.megatron_llm import LATEST, newest_folder
 from megatron.checkpoint.meta import PARAMS, is_meta_file
 from megatron.checkpoint.native import CARRIED_FILES, MANIFEST, RUN_CONFIG, read_manifest
+from megatron.checkpoint.peft import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from megatron.parallel.world import World
 from megatron.utils import hub
 from megatron.utils.errors import CheckpointError, ConfigError
 from megatron.utils.hub import Repository
 
 # What says which other files there are comes first; see `hub.fetch` for why the order matters.
-_SMALL = (MODEL_CONFIG, MANIFEST, RUN_CONFIG, SHARD_INDEX, PICKLE_INDEX, PARAMS, LATEST, *reversed(CARRIED_FILES))
+_SMALL = (
+    *(MODEL_CONFIG, MANIFEST, RUN_CONFIG, SHARD_INDEX, PICKLE_INDEX, ADAPTER_CONFIG, PARAMS, LATEST),
+    *reversed(CARRIED_FILES),
+)
 _WEIGHTS = (SINGLE, "model-*-of-*.safetensors", SHARD_INDEX)  # those that an upload replaces
 
 
@@ -88,6 +92,8 @@ def weight_files(names: Mapping[str, int], folder: Path, title: str) -> list[str
         files = [PICKLE]
     elif PICKLE_INDEX in names:
         files = list(read_weight_map(folder / PICKLE_INDEX).values())
+    elif ADAPTER_CONFIG in names:
+        files = [ADAPTER_PICKLE if ADAPTER_PICKLE in names and ADAPTER_WEIGHTS not in names else ADAPTER_WEIGHTS]
     elif PARAMS in names:
         files = [name for name in names if is_meta_file(name)]
     elif LATEST in names:
@@ -105,6 +111,6 @@ def weight_files(names: Mapping[str, int], folder: Path, title: str) -> list[str
         others = ", ".join(sorted(names)[:8]) or "no file"
         raise CheckpointError(
             f"{title} has no weights that are read here: looked for {SINGLE}, {SHARD_INDEX}, {PICKLE}, {PICKLE_INDEX}, "
-            f"{MANIFEST}, {PARAMS} with consolidated.00.pth, {LATEST}; found {others}"
+            f"{MANIFEST}, {ADAPTER_CONFIG}, {PARAMS} with consolidated.00.pth, {LATEST}; found {others}"
         )
     return files

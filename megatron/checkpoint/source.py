@@ -44,6 +44,7 @@ from megatron.checkpoint.native import (
     read_manifest,
     step_of,
 )
+from megatron.checkpoint.peft import ADAPTER_CONFIG, StoredAdapter, is_peft, read_peft
 from megatron.checkpoint.safetensors_file import SafetensorsReader
 from megatron.checkpoint.strided import Entry
 from megatron.checkpoint.torch_file import SUFFIXES, TorchReader
@@ -55,7 +56,7 @@ from megatron.utils.hub import spelling_hint
 _OPEN_FILES = 128  # a process may hold about a thousand, and a checkpoint of many ranks has more
 
 
-Format = Literal["huggingface", "native", "meta", "megatron-llm"]
+Format = Literal["huggingface", "native", "meta", "megatron-llm", "peft"]
 
 
 class Reader(Protocol):
@@ -99,8 +100,10 @@ class Source:
         manifest: Manifest | None = None,
         state: dict[str, Any] | None = None,
         tokenizer_folder: Path | None = None,
+        adapter: StoredAdapter | None = None,
     ) -> None:
-        """`state` is what the trainer saved of itself, where no manifest holds it."""
+        """`state` is what the trainer saved of itself, where no manifest holds it. With an `adapter` the weights are
+        those of adapters, not of a model."""
         self.folder, self.index, self.weight_files = folder, index, weight_files
         self.format: Format = format
         self.manifest = manifest  # None where it is no checkpoint of ours
@@ -109,7 +112,13 @@ class Source:
         self.tokenizer_files: list[Path] = carried_files(self.tokenizer_folder)
         self.run_config: dict[str, Any] | None = None if manifest is None else _read_run_config(folder / RUN_CONFIG)
         self.state = manifest.state if manifest is not None else state
+        self.adapter = adapter
         self._readers: OrderedDict[str, Reader] = OrderedDict()
+
+    @property
+    def parts(self) -> list[Source]:
+        """The folders that the weights are read from, each as a source of its own."""
+        return [self]
 
     @property
     def step(self) -> int:
@@ -205,8 +214,25 @@ class Source:
 def open_source(path: str | Path) -> Source:
     """Open a folder of Hugging Face's, Meta's or ours, or the newest whole checkpoint of a save folder.
 
-    An `hf://` address is fetched first. Raises CheckpointError that says what was looked for.
+    An `hf://` address is fetched first. Adapters, PEFT's or those of a run, are opened as the model that they make of
+    the one they were trained on. Raises CheckpointError that says what was looked for.
     """
+    stored = open_stored(path)
+    if stored.adapter is None:
+        return stored
+    from megatron.checkpoint.adapted import with_base  # which makes a source of two
+
+    return with_base(stored)
+
+
+def open_peft(folder: Path) -> Source:
+    """Open the adapters of a folder in PEFT's format as they are; raises CheckpointError."""
+    adapter, tensors, files = read_peft(folder)
+    return Source(folder, {"weights": tensors}, files, format="peft", model_config={}, adapter=adapter)
+
+
+def open_stored(path: str | Path) -> Source:
+    """As `open_source`, but adapters are opened as they are."""
     folder = local_folder(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -218,8 +244,17 @@ def open_source(path: str | Path) -> Source:
         check_sizes(folder, manifest)
         weights = manifest.index.get("weights", {})
         weight_files = sorted({piece.file for stored in weights.values() for piece in stored.pieces})
-        config = read_config(folder)
-        return Source(folder, manifest.index, weight_files, format="native", model_config=config, manifest=manifest)
+        config, state = read_config(folder), (manifest.state or {}).get("adapter")
+        adapter = None if state is None else StoredAdapter.from_state(state, folder / MANIFEST)
+        return Source(
+            folder,
+            manifest.index,
+            weight_files,
+            format="native",
+            model_config=config,
+            manifest=manifest,
+            adapter=adapter,
+        )
     if is_huggingface(folder):
         tensors, weight_files = index_huggingface(folder)
         config = read_config(folder)
@@ -227,13 +262,15 @@ def open_source(path: str | Path) -> Source:
         if family is not None:
             tensors = with_prefix(tensors, family.prefix, {f"{family.head}.weight"})
         return Source(folder, {"weights": tensors}, weight_files, format="huggingface", model_config=config)
+    if is_peft(folder):
+        return open_peft(folder)
     if is_meta(folder):
         tensors, weight_files, config = index_meta(folder)
         return Source(folder, {"weights": tensors}, weight_files, format="meta", model_config=config)
     holds_steps = read_pointer(folder) is not None or any(step_of(child.name) is not None for child in folder.iterdir())
     newest = newest_checkpoint(folder) if holds_steps else None
     if newest is not None:  # before the release of Megatron-LLM's that the run may have begun with, in the same folder
-        return open_source(newest)
+        return open_stored(newest)
     found = find_megatron(folder)
     if found is not None:
         index, weight_files, config, state = index_megatron(found)
@@ -250,8 +287,8 @@ def open_source(path: str | Path) -> Source:
         raise CheckpointError(f"{folder} holds no whole checkpoint: every folder in it is incomplete.")
     raise CheckpointError(
         f"{folder} is neither a model nor a checkpoint: looked for {MANIFEST} (a checkpoint), step_… folders (a save "
-        f"folder), {SINGLE} and {SHARD_INDEX} or {PICKLE} and {PICKLE_INDEX} (a Hugging Face model), {PARAMS} and "
-        f"consolidated.00.pth (Meta's), {LATEST} (Megatron-LLM's)."
+        f"folder), {SINGLE} and {SHARD_INDEX} or {PICKLE} and {PICKLE_INDEX} (a Hugging Face model), {ADAPTER_CONFIG} "
+        f"(PEFT's adapters), {PARAMS} and consolidated.00.pth (Meta's), {LATEST} (Megatron-LLM's)."
     )
 
 

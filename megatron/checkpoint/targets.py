@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.adapted import adapter_in, lora_of
 from megatron.checkpoint.copying import OutputFile, Written
 from megatron.checkpoint.huggingface import (
     MODEL_CONFIG,
@@ -27,9 +28,11 @@ from megatron.checkpoint.megatron_layout import MegatronGrid
 from megatron.checkpoint.megatron_llm import LATEST, arguments_of, file_content, megatron_files
 from megatron.checkpoint.meta import PARAMS, meta_files, params_of
 from megatron.checkpoint.native import weights_file, write_carried, write_manifest
+from megatron.checkpoint.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, peft_config_text
 from megatron.checkpoint.source import Format, Source
 from megatron.checkpoint.special_ids import complete_ids, write_generation
 from megatron.model.config import ModelConfig, spell_for_both
+from megatron.model.lora import names_of_targets
 from megatron.model.specs import canonical_shapes, rank_specs
 from megatron.parallel.layout import Region
 from megatron.utils.errors import ConfigError
@@ -93,6 +96,7 @@ def make_target(to: Format, request: Request) -> Target:
         "native": _native,
         "meta": _meta,
         "megatron-llm": _megatron_llm,
+        "peft": _peft,
     }[to](request)
 
 
@@ -162,6 +166,25 @@ def _megatron_llm(request: Request) -> Target:
         write_atomically(folder / LATEST, "release")
 
     return Target(files, finish)
+
+
+def _peft(request: Request) -> Target:
+    if request.tensor or request.pipeline or request.file_bytes is not None:
+        raise ConfigError("PEFT's adapters are one file: leave --tensor, --pipeline and --max-shard-size out.")
+    source, config = request.source, request.config
+    adapter, lora = adapter_in(source), lora_of(source, config)
+    tensors = tuple(
+        whole(Region.whole(name, shape), PREFIX + name, request.dtypes[name]) for name, shape in source.shapes().items()
+    )
+    base = ((source.run_config or {}).get("model") or {}).get("init_from") or adapter.base
+    targets = names_of_targets(lora.targets, config)
+    text = peft_config_text(adapter, base, targets, transposed=config.family.transposed)
+
+    def finish(folder: Path, written: Mapping[str, Written]) -> None:
+        write_atomically(folder / ADAPTER_CONFIG, text)
+        request.write_carried(folder)
+
+    return Target([OutputFile(ADAPTER_WEIGHTS, tensors)], finish)
 
 
 def _as_piece(tensor: FileTensor, file: str) -> list[tuple[str, StoredPiece]]:

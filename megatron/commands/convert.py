@@ -20,8 +20,15 @@ _FORMATS: dict[str, Format] = {
     "native": "native",
     "meta": "meta",
     "megatron-llm": "megatron-llm",
+    "peft": "peft",
 }
-_TITLES = {"huggingface": "Hugging Face", "native": "native", "meta": "Meta", "megatron-llm": "Megatron-LLM"}
+_TITLES = {
+    "huggingface": "Hugging Face",
+    "native": "native",
+    "meta": "Meta",
+    "megatron-llm": "Megatron-LLM",
+    "peft": "PEFT",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST", help="new folder to write, or hf://owner/name to upload to")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of SRC on the hub (default: main)")
     parser.add_argument(
-        "--to", choices=tuple(_FORMATS), help="format to write (default: native; hf where the source is native)"
+        "--to",
+        choices=tuple(_FORMATS),
+        help="format to write (default: native; hf where the source is native or has adapters)",
     )
     parser.add_argument(
         "--tensor", type=int, metavar="N", help="cut the files for N tensor ranks (native ones load on any grid)"
@@ -46,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", action="store_true", help="with --verify: compare behind each layer as well")
     parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16", "fp64"), help="cast the weights (default: keep)")
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="adapters to put into the weights: PEFT's, or those of a run"
+    )
     parser.add_argument("--extra-tokens", metavar="A,B|FILE", help="tokens to add to the vocabulary, in this order")
     parser.add_argument(
         "--initialize",
@@ -73,11 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron.checkpoint.hub import upload_model
     from megatron.utils.errors import ConfigError
 
-    if arguments.to not in (None, "hf"):
+    if arguments.to not in (None, "hf", "peft"):
         raise ConfigError(
-            f"--to {arguments.to}: what is uploaded to {upload_to} is in Hugging Face's format (--to hf)."
+            f"--to {arguments.to}: what is uploaded to {upload_to} is in Hugging Face's format (--to hf) or PEFT's."
         )
-    arguments.to = "hf"
+    arguments.to = arguments.to or "hf"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / upload_to.name.rpartition("/")[2]
         code = _convert(arguments, folder)
@@ -105,6 +117,7 @@ def _convert(arguments: argparse.Namespace, destination: Path) -> int:
             dtype=DTYPES.get(arguments.dtype),
             extension=_extension(arguments),
             file_bytes=None if arguments.max_shard_size is None else _size(arguments.max_shard_size),
+            adapter=_adapter(arguments),
             progress=line.show,
         )
     finally:
@@ -130,6 +143,18 @@ def _verify(done: Conversion, data: str, layers: bool) -> int:
         print("\n".join(agreement_line(number, agreement) for number, agreement in enumerate(found)))
     print(verdict(found))
     return 0 if all(agreement.holds for agreement in found) else 1
+
+
+def _adapter(arguments: argparse.Namespace) -> str | None:
+    from megatron.utils.errors import ConfigError
+
+    adapted = arguments.adapter is not None or arguments.to == "peft"
+    if arguments.verify is not None and adapted:
+        raise ConfigError(
+            "--verify opens SRC and DST as models of the same weights, which they are not with --adapter or --to peft. "
+            "Convert first; a run with adapters can be converted and verified without --adapter."
+        )
+    return arguments.adapter
 
 
 def _extension(arguments: argparse.Namespace) -> Extension | None:

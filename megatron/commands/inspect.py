@@ -38,10 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"{spelling_hint(arguments.path)}"
         )
     from megatron.checkpoint.hub import local_folder
-    from megatron.checkpoint.source import open_source
+    from megatron.checkpoint.source import open_stored
 
     folder = local_folder(arguments.path)
-    with open_source(folder) as source:
+    with open_stored(folder) as source:
         _inspect_model(source, folder, arguments)
     return 0
 

@@ -9,6 +9,7 @@ from megatron.config.data import DataConfig
 from megatron.config.evaluate import EvaluateConfig
 from megatron.config.kernels import KernelsConfig
 from megatron.config.log import LogConfig
+from megatron.config.lora import LoraConfig
 from megatron.config.model import ModelSettings
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
@@ -21,6 +22,7 @@ class RunConfig:
     """Every section, each a frozen dataclass of its own module. Nothing changes a configuration once it is loaded."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.config.batches import Ramp, batch_sizes
 from megatron.config.data import SYNTHETIC, DataConfig, blends_of
+from megatron.config.lora import lora_problems
 from megatron.config.run import RunConfig
 from megatron.config.values import show
 from megatron.utils.errors import ConfigError
@@ -53,6 +54,7 @@ def report(problems: Iterable[Problem]) -> None:
 def static_problems(config: RunConfig, model: Mapping[str, Any] | None = None) -> Iterator[Problem]:
     """Every broken rule that does not depend on the number of processes."""
     fields = {name: value for name, value in asdict(config.model).items() if value is not None} | dict(model or {})
+    yield from (Problem(*found) for found in lora_problems(config.lora))
     yield from _batch_problems(config, fields)
     yield from _data_problems(config)
     yield from _schedule_problems(config)

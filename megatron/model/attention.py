@@ -12,6 +12,7 @@ from megatron.kernels.rotary import rotary_split
 from megatron.model.alibi import with_biases
 from megatron.model.config import ModelConfig
 from megatron.model.families.family import Rows
+from megatron.model.lora import ColumnAdapter, RowAdapter
 from megatron.model.norm import HeadNorms
 from megatron.model.placement import LinearSpec, column_spec, row_spec
 from megatron.model.places import Places
@@ -50,10 +51,14 @@ class Attention(nn.Module):
         self.output = ShardedParameter.empty(output.weight, dtype, device)
         self.output_bias = None if output.bias is None else ShardedParameter.empty(output.bias, dtype, device)
         self.head_norms = HeadNorms(config, context, layer, dtype, device) if config.query_key_norm else None
+        self.column_adapter: ColumnAdapter | None = None
+        self.row_adapter: RowAdapter | None = None
 
     def forward(self, hidden: torch.Tensor, places: Places) -> torch.Tensor:
         """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same."""
         fused = column_linear(hidden, self.qkv, self.context, self.qkv_bias)  # [s, b, (heads + 2 kv)/tp · d]
+        if self.column_adapter is not None:
+            fused = self.column_adapter(hidden, fused)
         if self.head_norms is not None:
             fused = self.head_norms(fused, self.num_heads, self.num_key_value_heads)
         runs = places.windowed_runs if self.windowed else places.runs
@@ -68,7 +73,8 @@ class Attention(nn.Module):
         kept, dtype = mixed.detach(), fused.dtype
         joined = _join_heads(mixed, dtype)
         with computed_again(joined, lambda: _join_heads(kept, dtype), active=self.recompute_order):
-            return row_linear(joined, self.output, self.context, self.output_bias)
+            output = row_linear(joined, self.output, self.context, self.output_bias)
+            return output if self.row_adapter is None else self.row_adapter(joined, output)
 
 
 def _join_heads(mixed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,12 +9,18 @@ from __future__ import annotations
 from megatron.model.config import ModelConfig
 
 
-def model_flops_per_token(config: ModelConfig, sequence_length: int, *, causal: bool = True) -> float:
+def model_flops_per_token(
+    config: ModelConfig, sequence_length: int, *, causal: bool = True, adapters: int | None = None
+) -> float:
     """FLOPs of forward and backward per token over sequences of this length; attention's square whole or, causal, half
-    of it."""
+    of it. With so many weights of `adapters` these alone are trained: the model's own get no gradients."""
     windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
     layers = sum(_layer_flops(config, sequence_length, causal, window) for window in windows)
-    return 3.0 * (layers + _head_flops(config))
+    flops = 3.0 * (layers + _head_flops(config))
+    if adapters is None:
+        return flops
+    products = config.num_hidden_layers * _layer_flops(config, 0, causal) + _head_flops(config)
+    return flops - products + 6.0 * adapters
 
 
 def head_cost_in_layers(config: ModelConfig, sequence_length: int) -> float:

@@ -52,12 +52,19 @@ def fill_region(region: Region, out: torch.Tensor, seed: int, deviation: float |
     if not deviation:
         out.fill_(1.0 if deviation is None else 0.0)
         return
-    columns = region.shape[1]
+    draw_region(region, out, seed, lambda block, generator: block.normal_(0.0, deviation, generator=generator))
+
+
+def draw_region(
+    region: Region, out: torch.Tensor, seed: int, draw: Callable[[torch.Tensor, torch.Generator], object]
+) -> None:
+    """Fill `out`, which holds a region of a matrix, with random values; `draw` fills a block of whole rows."""
     first, rows = region.start[0], region.size[0]
     for block in range(first // _BLOCK_ROWS, (first + rows - 1) // _BLOCK_ROWS + 1):
         digest = hashlib.sha256(f"{seed}/{region.name}/{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        values = torch.empty(_BLOCK_ROWS, columns).normal_(0.0, deviation, generator=generator)
+        values = torch.empty(_BLOCK_ROWS, region.shape[1])
+        draw(values, generator)
         low, high = max(first, block * _BLOCK_ROWS), min(first + rows, (block + 1) * _BLOCK_ROWS)
         taken = values[low - block * _BLOCK_ROWS : high - block * _BLOCK_ROWS, region.slices[1]]
         out[low - first : high - first].copy_(taken)

@@ -92,7 +92,8 @@ class _HeadLoss(Function):
         factor = operand(weight)
         sink = sink_of(weight)
         grad_rows = torch.empty_like(rows) if differentiate else None
-        grad_weight = torch.zeros_like(factor) if differentiate and sink is None else None
+        returned = differentiate and weight.requires_grad and sink is None
+        grad_weight = torch.zeros_like(factor) if returned else None
         losses, chunks = [], _chunks(len(rows), factor)
         memory = factor.new_empty((chunks[0].stop, factor.shape[0]))  # for the logits of each chunk in turn
         for chunk in chunks:
@@ -121,7 +122,7 @@ class _HeadLoss(Function):
         if ctx.sink is not None:
             upstream = torch.where(upstream == 1.0, upstream, torch.nan)
             ctx.sink.report()
-        else:
+        elif grad_weight is not None:
             grad_weight = grad_weight.mul_(upstream).to(ctx.weight_dtype)
         grad_rows = grad_rows.mul_(upstream).view(ctx.shape)
         grad_hidden = reduce_activations(grad_rows, ctx.context.tp, ctx.context.sequence)

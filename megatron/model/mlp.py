@@ -9,6 +9,7 @@ from megatron.kernels.gelu import gelu, gelu_tanh
 from megatron.kernels.swiglu import swiglu
 from megatron.model.config import ModelConfig
 from megatron.model.families.family import Rows
+from megatron.model.lora import ColumnAdapter, RowAdapter
 from megatron.model.placement import LinearSpec, column_spec, row_spec
 from megatron.model.recompute import computed_again
 from megatron.parallel.layers import ShardedParameter, column_linear, row_linear
@@ -38,13 +39,18 @@ class FeedForward(nn.Module):
         self.input_bias = None if inputs.bias is None else ShardedParameter.empty(inputs.bias, dtype, device)
         self.output = ShardedParameter.empty(output.weight, dtype, device)
         self.output_bias = None if output.bias is None else ShardedParameter.empty(output.bias, dtype, device)
+        self.column_adapter: ColumnAdapter | None = None
+        self.row_adapter: RowAdapter | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [s, b, h] ([s/tp, b, h] under sequence parallelism) → the same."""
         before = column_linear(hidden, self.input, self.context, self.input_bias)  # [s, b, f/tp], or gated 2 f/tp
+        if self.column_adapter is not None:
+            before = self.column_adapter(hidden, before)
         inner, kept = self.activate(before), before.detach()  # [s, b, f/tp]
         with computed_again(inner, lambda: self.activate(kept), active=self.recompute_product):
-            return row_linear(inner, self.output, self.context, self.output_bias)
+            output = row_linear(inner, self.output, self.context, self.output_bias)
+            return output if self.row_adapter is None else self.row_adapter(inner, output)
 
 
 def feed_forward_specs(config: ModelConfig, context: ParallelContext, layer: str) -> tuple[LinearSpec, LinearSpec]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from megatron.model.config import ModelConfig
+from megatron.model.lora import Lora, adapt, adapter_of
 from megatron.model.transformer import Transformer
 from megatron.parallel.layers import ShardedParameter
 from megatron.parallel.layout import ShardSpec
@@ -36,3 +39,17 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name → shape of every weight of the model, in the model's order."""
     specs = rank_specs(config, tensor=1, pipeline=1, tensor_rank=0, pipeline_rank=0)
     return {piece.region.name: piece.region.shape for spec in specs.values() for piece in spec.pieces}
+
+
+def adapter_shapes(config: ModelConfig, lora: Lora) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape of every weight of the model's adapters."""
+    context = describe(Grid(), 0, num_key_value_heads=config.num_key_value_heads)
+    model = Transformer(config, context, device="meta")
+    adapt(model, lora)
+    pieces = (piece for spec in parameter_specs(model).values() for piece in spec.pieces)
+    return {piece.region.name: piece.region.shape for piece in pieces if adapter_of(piece.region.name) is not None}
+
+
+def count_adapters(config: ModelConfig, lora: Lora | None) -> int | None:
+    """Number of weights of the model's adapters; None where there are none."""
+    return None if lora is None else sum(math.prod(shape) for shape in adapter_shapes(config, lora).values())

@@ -5,6 +5,9 @@ The layout is a function of the parameters' specs alone, so ranks that hold copi
 optimizer sharding (ZeRO-1, Rajbhandari et al., 2020) each rank owns an even flat range of every bucket; otherwise all
 of it. With full sharding (ZeRO-3; Zhao et al., 2023) a rank keeps that range alone: a bucket is what one layer of the
 model holds, and its flat buffers have storage only while that layer works.
+
+Weights that are not trained lie in flat buffers of their own, without gradients and optimizer state. They are divided
+under full sharding alone.
 """
 
 from __future__ import annotations
@@ -66,13 +69,11 @@ class Chunked(Protocol):
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter in its bucket: elements `start … start + numel` of the flat buffers; `gradient` is the view of the
-    gradient buffer that has its shape."""
+    """A parameter in its bucket: elements `start … start + numel` of the flat buffers."""
 
     name: str
     parameter: ShardedParameter
     start: int
-    gradient: torch.Tensor
 
     @property
     def spec(self) -> ShardSpec:
@@ -88,16 +89,14 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """One flat run of parameters. `owned` is the range whose optimizer state this rank keeps; `owned_weights` and
-    `owned_gradients` hold it: views of the flat buffers, or with full sharding (`sharded`) tensors of their own."""
+class FlatWeights:
+    """One flat run of parameters. `owned` is the range that this rank keeps; `owned_weights` holds it: a view of the
+    flat buffer, or with full sharding (`sharded`) a tensor of its own."""
 
     slots: tuple[Slot, ...]
     weights: torch.Tensor
-    gradients: torch.Tensor
     owned: tuple[int, int]
     owned_weights: torch.Tensor
-    owned_gradients: torch.Tensor
     sharded: bool
 
     def owned_slots(self) -> Iterator[tuple[Slot, int, int]]:
@@ -122,6 +121,17 @@ class Bucket:
             yield from slot.spec.flat_regions(flat[start:stop], self.owned[0] + start - slot.start, copies)
 
 
+@dataclass(frozen=True)
+class Bucket(FlatWeights):
+    """Parameters that are trained, with their gradients: `slot_gradients` are views of these in the parameters' shapes.
+    `owned` is the range whose optimizer state this rank keeps, `owned_gradients` its gradients, as `owned_weights` its
+    weights."""
+
+    gradients: torch.Tensor
+    owned_gradients: torch.Tensor
+    slot_gradients: tuple[torch.Tensor, ...]
+
+
 def build_buckets(
     model: Chunked,
     shard: Axis,
@@ -131,24 +141,26 @@ def build_buckets(
     bucket_elements: int | None = None,
     device: torch.device | None = None,
 ) -> list[Bucket]:
-    """Move the model's parameters into flat buffers, in the order in which their gradients become ready.
+    """Move the parameters that are trained into flat buffers, in the order in which their gradients become ready.
 
     Weights keep their values; of a model on torch's meta device they are zero, and on `device`. A tied embedding that
     lives on two stages has a bucket of its own, since those two stages must agree on its layout. With `zero` 3 there is
     a bucket for each layer of the model, else they hold at least `bucket_elements` where there are as many.
     """
-    named: Named = []
-    for name, parameter in model.named_parameters():
-        assert hasattr(parameter, "spec"), name  # not its class, which fake tensors do not keep
-        named.append((name, cast(ShardedParameter, parameter)))
-    if zero == 3:
-        groups = [group for unit in _by_unit(model, named) for group in _group(unit, None)]
-    else:
-        groups = _group(named[::-1], bucket_elements or max(_BUCKET_ELEMENTS, _SHARE_ELEMENTS * shard.size))
-    device = device or named[0][1].device
-    buckets = [_fill(group, shard, zero, gradient_dtype, device) for group in groups]
-    _register(model, {id(old): slot.parameter for (_, old), slot in _pairs(groups, buckets)})
+    groups = _groups(model, shard, zero, bucket_elements, trained=True)
+    buckets = [_add_gradients(_fill(group, shard, zero, device), gradient_dtype) for group in groups]
+    _register(model, groups, buckets)
     return buckets
+
+
+def flatten_frozen(
+    model: Chunked, shard: Axis, *, zero: int, bucket_elements: int | None = None, device: torch.device | None = None
+) -> list[FlatWeights]:
+    """The same with the parameters that are not trained, of which ranks own different ranges with `zero` 3 alone."""
+    groups = _groups(model, shard, zero, bucket_elements, trained=False)
+    flats = [_fill(group, shard, 3 if zero == 3 else 0, device) for group in groups]
+    _register(model, groups, flats)
+    return flats
 
 
 def has_storage(flat: torch.Tensor) -> bool:
@@ -164,6 +176,18 @@ def give_storage(flat: torch.Tensor) -> None:
 def take_storage(flat: torch.Tensor) -> None:
     """Free the storage of a flat buffer, which is the views' as well."""
     flat.untyped_storage().resize_(0)
+
+
+def _groups(model: Chunked, shard: Axis, zero: int, bucket_elements: int | None, trained: bool) -> list[Named]:
+    """The parameters, either those that are trained or the others, bucket by bucket."""
+    named: Named = []
+    for name, parameter in model.named_parameters():
+        assert hasattr(parameter, "spec"), name  # not its class, which fake tensors do not keep
+        if parameter.requires_grad == trained:
+            named.append((name, cast(ShardedParameter, parameter)))
+    if zero == 3:
+        return [group for unit in _by_unit(model, named) for group in _group(unit, None)]
+    return _group(named[::-1], bucket_elements or max(_BUCKET_ELEMENTS, _SHARE_ELEMENTS * shard.size))
 
 
 def _by_unit(model: Chunked, named: Named) -> list[Named]:
@@ -192,48 +216,64 @@ def _group(named: Named, bucket_elements: int | None) -> list[Named]:
     return groups
 
 
-def _fill(group: Named, shard: Axis, zero: int, gradient_dtype: torch.dtype, device: torch.device) -> Bucket:
+def _fill(group: Named, shard: Axis, zero: int, device: torch.device | None) -> FlatWeights:
     starts, size = [], 0
     for _, parameter in group:
         starts.append(size)
         size += -(-parameter.spec.numel // ALIGNMENT) * ALIGNMENT
     unit = ALIGNMENT * shard.size
     size = -(-size // unit) * unit
-    weights = torch.zeros(size, dtype=group[0][1].dtype, device=device)
-    gradients = torch.zeros(size, dtype=gradient_dtype, device=device)
+    weights = torch.zeros(size, dtype=group[0][1].dtype, device=device or group[0][1].device)
     slots = []
     for (name, parameter), start in zip(group, starts, strict=True):
-        spec = parameter.spec
-        weight, gradient = (flat[start : start + spec.numel].view(spec.shape) for flat in (weights, gradients))
-        slots.append(Slot(name, _move(parameter, weight), start, gradient))
+        view = weights[start : start + parameter.spec.numel].view(parameter.spec.shape)
+        slots.append(Slot(name, _move(parameter, view), start))
     share = size // shard.size
     owned = (shard.rank * share, (shard.rank + 1) * share) if zero else (0, size)
-    owned_weights, owned_gradients = (flat[owned[0] : owned[1]] for flat in (weights, gradients))
+    owned_weights = weights[owned[0] : owned[1]]
     if zero == 3:
-        owned_weights, owned_gradients = owned_weights.clone(), owned_gradients.clone()
+        owned_weights = owned_weights.clone()
         take_storage(weights)
+    return FlatWeights(tuple(slots), weights, owned, owned_weights, sharded=zero == 3)
+
+
+def _add_gradients(flat: FlatWeights, dtype: torch.dtype) -> Bucket:
+    gradients = torch.zeros_like(flat.weights, dtype=dtype)
+    views = tuple(gradients[slot.start : slot.stop].view(slot.spec.shape) for slot in flat.slots)
+    owned_gradients = gradients[flat.owned[0] : flat.owned[1]]
+    if flat.sharded:
+        owned_gradients = owned_gradients.clone()
         take_storage(gradients)
-    return Bucket(tuple(slots), weights, gradients, owned, owned_weights, owned_gradients, sharded=zero == 3)
+    return Bucket(
+        flat.slots,
+        flat.weights,
+        flat.owned,
+        flat.owned_weights,
+        flat.sharded,
+        gradients=gradients,
+        owned_gradients=owned_gradients,
+        slot_gradients=views,
+    )
 
 
 def _move(parameter: ShardedParameter, view: torch.Tensor) -> ShardedParameter:
     """The parameter with its values in `view`; one without values, on the meta device, gives way to a new one."""
     if parameter.device.type == "meta" and view.device.type != "meta":
         # Through `.data`, as below: autograd then does not take a gather for a change of what it keeps.
-        return ShardedParameter.create(view.data, parameter.spec, parameter.uses)
+        return ShardedParameter.create(view.data, parameter.spec, parameter.uses, parameter.requires_grad)
     view.copy_(parameter.data)
     parameter.data = view
     return parameter
 
 
-def _pairs(groups: list[Named], buckets: list[Bucket]) -> Iterator[tuple[tuple[str, ShardedParameter], Slot]]:
-    for group, bucket in zip(groups, buckets, strict=True):
-        yield from zip(group, bucket.slots, strict=True)
-
-
-def _register(model: Chunked, new: dict[int, ShardedParameter]) -> None:
-    """Put the new parameters in the places of the old ones, by whose ids they are given."""
+def _register(model: Chunked, groups: list[Named], flats: Sequence[FlatWeights]) -> None:
+    """Put the new parameters in the places of the old ones."""
+    new = {
+        id(old): slot.parameter
+        for group, flat in zip(groups, flats, strict=True)
+        for (_, old), slot in zip(group, flat.slots, strict=True)
+    }
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if new[id(parameter)] is not parameter:
+            if new.get(id(parameter), parameter) is not parameter:
                 setattr(module, name, new[id(parameter)])

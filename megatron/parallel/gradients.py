@@ -35,9 +35,9 @@ class GradientReducer:
         self._next = 0
         self._works: list[Work] = []
         for index, bucket in enumerate(buckets):
-            for slot in bucket.slots:
+            for slot, gradient in zip(bucket.slots, bucket.slot_gradients, strict=True):
                 report = functools.partial(self._report, index)
-                attach_sink(slot.parameter, GradientSink(slot.gradient, report, self.later))
+                attach_sink(slot.parameter, GradientSink(gradient, report, self.later))
                 if not slot.is_matrix:
                     slot.parameter.register_post_accumulate_grad_hook(_to_sink)
 

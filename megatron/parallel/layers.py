@@ -4,11 +4,12 @@
 A column-parallel layer holds a share of the output features, a row-parallel layer a share of the input features, a
 vocabulary-parallel embedding a share of the rows. Under sequence parallelism the activations between them are split
 along the sequence, [s/tp, b, h]; column layers gather them and row layers scatter them again. At size 1 each is the
-plain layer.
+plain layer. A weight that is not trained gets no gradient, and nothing is kept for one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from megatron.parallel.weight_gradient import (
     sink_of,
 )
 
+_ALONE = Axis("alone")
+
 
 class ShardedParameter(nn.Parameter):
     """A parameter that knows which canonical regions it holds, and how often one forward pass uses it."""
@@ -43,10 +46,10 @@ class ShardedParameter(nn.Parameter):
     uses: int
 
     @staticmethod
-    def create(data: torch.Tensor, spec: ShardSpec, uses: int = 1) -> ShardedParameter:
+    def create(data: torch.Tensor, spec: ShardSpec, uses: int = 1, trained: bool = True) -> ShardedParameter:
         """Wrap a tensor of the spec's shape."""
         assert tuple(data.shape) == spec.shape, (data.shape, spec.shape)
-        parameter = ShardedParameter(data)
+        parameter = ShardedParameter(data, requires_grad=trained)
         parameter.spec, parameter.uses = spec, uses
         return parameter
 
@@ -61,24 +64,26 @@ class _ColumnLinear(Function):
     def forward(
         ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tp: Axis, sequence: bool
     ) -> torch.Tensor:
-        ctx.save_for_backward(inputs, weight, bias)
+        ctx.save_for_backward(inputs if weight.requires_grad else None, weight, bias)
         ctx.sink, ctx.tp, ctx.sequence = sink_of(weight), tp, sequence
         return linear(all_gather(inputs, tp) if sequence else inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weight, bias = ctx.saved_tensors
+        _, trains_weight, trains_bias, *_ = ctx.needs_input_grad
         # Only the share was kept: gather the inputs anew behind the product that gives their gradient, then
         # reduce that gradient behind the product that gives the weight's.
-        grad_bias = bias_gradient(bias, grad_output)
-        gathered, gathering = start_all_gather(inputs, ctx.tp) if ctx.sequence else (inputs, Done())
+        grad_bias = bias_gradient(bias, grad_output) if trains_bias else None
+        again = ctx.sequence and trains_weight
+        gathered, gathering = start_all_gather(inputs, ctx.tp) if again else (inputs, Done())
         grad_inputs, grad_output = _input_gradient(grad_output, weight)
         if ctx.sequence:
             grad_inputs, reducing = start_reduce_scatter(grad_inputs, ctx.tp)
         else:
             reducing = start_all_reduce(grad_inputs, ctx.tp)
         gathering.wait()
-        grad_weight = linear_weight_gradient(ctx.sink, grad_output, gathered)
+        grad_weight = linear_weight_gradient(ctx.sink, grad_output, gathered) if trains_weight else None
         reducing.wait()
         return grad_inputs, grad_weight, grad_bias, None, None
 
@@ -88,7 +93,7 @@ class _RowLinear(Function):
     def forward(
         ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tp: Axis, sequence: bool
     ) -> torch.Tensor:
-        ctx.save_for_backward(inputs, weight, bias)
+        ctx.save_for_backward(inputs if weight.requires_grad else None, weight, bias)
         ctx.sink, ctx.tp, ctx.sequence = sink_of(weight), tp, sequence
         if tp.size == 1:
             return linear(inputs, weight, bias)
@@ -98,12 +103,14 @@ class _RowLinear(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weight, bias = ctx.saved_tensors
+        _, trains_weight, trains_bias, *_ = ctx.needs_input_grad
         # Of this rank's tokens alone under sequence parallelism: a part, which is summed with those of its copies.
-        grad_bias = bias_gradient(bias, grad_output)
+        grad_bias = bias_gradient(bias, grad_output) if trains_bias else None
         if ctx.sequence:
             grad_output = all_gather(grad_output, ctx.tp)
         grad_inputs, grad_output = _input_gradient(grad_output, weight)
-        return grad_inputs, linear_weight_gradient(ctx.sink, grad_output, inputs), grad_bias, None, None
+        grad_weight = linear_weight_gradient(ctx.sink, grad_output, inputs) if trains_weight else None
+        return grad_inputs, grad_weight, grad_bias, None, None
 
 
 class _VocabularyEmbedding(Function):
@@ -146,6 +153,33 @@ class _PositionEmbedding(Function):
         return grad_output, None, embedding_weight_gradient(ctx.sink, weight, rows, gradient)
 
 
+class _IntoColumns(Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, tp: Axis, sequence: bool) -> torch.Tensor:
+        ctx.tp, ctx.sequence = tp, sequence
+        return all_gather(inputs, tp) if sequence else inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        own = grad_output.clone(memory_format=torch.contiguous_format)  # which is summed in place
+        return reduce_activations(own, ctx.tp, ctx.sequence), None, None
+
+
+class _AddFeatures(Function):
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, firsts: Sequence[int], *parts: torch.Tensor) -> torch.Tensor:
+        ctx.places = [(first, part.shape[-1]) for first, part in zip(firsts, parts, strict=True)]
+        for (first, count), part in zip(ctx.places, parts, strict=True):
+            output.narrow(-1, first, count).add_(part)
+        # Not told to autograd: it would not have it of a view, as a product of three dims with a bias is, and of those
+        # that gave the output none has kept it.
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad_output, None, *(grad_output.narrow(-1, first, count) for first, count in ctx.places)
+
+
 def _add_once(output: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Add a row layer's bias, which all ranks hold, in place: after the sum over the ranks, not on each before it."""
     return output.add_(bias)
@@ -170,6 +204,23 @@ def row_linear(
 ) -> torch.Tensor:
     """inputs [s, b, in/tp] · weightᵀ [out, in/tp], summed over tp, + bias [out] → [s, b, out], or [s/tp, b, out]."""
     return _RowLinear.apply(inputs, weight, bias, context.tp, context.sequence)
+
+
+def whole_linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """inputs [..., in] · weightᵀ [out, in] → [..., out], of a weight that is not cut over the tensor axis."""
+    return _RowLinear.apply(inputs, weight, None, _ALONE, False)
+
+
+def into_columns(inputs: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    """What every tensor rank is to multiply with its own output features: inputs [s, b, n], the same on all of them, or
+    [s/tp, b, n] under sequence parallelism → [s, b, n], whose gradient is summed over the ranks."""
+    return _IntoColumns.apply(inputs, context.tp, context.sequence) if context.tp.size > 1 else inputs
+
+
+def add_features(output: torch.Tensor, firsts: Sequence[int], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Add parts [..., n] to the features of output [..., out] from `firsts` on, and return it: in its place, so it must
+    be a product that nobody else has."""
+    return _AddFeatures.apply(output, firsts, *parts)
 
 
 def vocabulary_embedding(tokens: torch.Tensor, weight: torch.Tensor, context: ParallelContext) -> torch.Tensor:

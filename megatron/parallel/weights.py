@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Function
 
-from megatron.parallel.buckets import Bucket, Chunked, Unit, give_storage, take_storage
+from megatron.parallel.buckets import Chunked, FlatWeights, Unit, give_storage, take_storage
 from megatron.parallel.communicator import Work
 from megatron.parallel.mesh import Axis, ParallelContext
 
@@ -28,7 +28,7 @@ from megatron.parallel.mesh import Axis, ParallelContext
 class BucketWeights:
     """The weights of one bucket: whole, on their way, or only the range that this rank owns."""
 
-    def __init__(self, bucket: Bucket, shard: Axis) -> None:
+    def __init__(self, bucket: FlatWeights, shard: Axis) -> None:
         self.bucket, self.shard = bucket, shard
         self._whole = not bucket.sharded
         self._work: Work | None = None
@@ -58,15 +58,19 @@ class BucketWeights:
 
 
 class GatheredWeights:
-    """The weights of a model under ZeRO-1 and, without division, of any model: whole whenever a layer is called."""
+    """The weights of a model under ZeRO-1 and, without division, of any model: whole whenever a layer is called.
 
-    def __init__(self, model: Chunked, buckets: list[Bucket], context: ParallelContext) -> None:
+    `buckets` are those that ranks may own different ranges of; weights in none of them are always whole.
+    """
+
+    def __init__(self, model: Chunked, buckets: Sequence[FlatWeights], context: ParallelContext) -> None:
         self.buckets = [BucketWeights(bucket, context.shard) for bucket in buckets]
         self._divided = context.shard.size > 1
         of_parameter = {id(slot.parameter): at for at, bucket in enumerate(buckets) for slot in bucket.slots}
         for chunk in model.chunks:
             units = chunk.units
-            needs = [sorted({of_parameter[id(parameter)] for parameter in unit.parameters()}) for unit in units]
+            held = ([id(parameter) for parameter in unit.parameters()] for unit in units)
+            needs = [sorted({of_parameter[one] for one in mine if one in of_parameter}) for mine in held]
             # Where a layer lies in several buckets, those that are gathered first come first.
             self._attach(units, [[self.buckets[at] for at in reversed(need)] for need in needs])
 

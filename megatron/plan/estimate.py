@@ -18,6 +18,7 @@ from megatron.config.batches import largest_batch
 from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
 from megatron.model.flops import model_flops_per_token
+from megatron.model.specs import count_adapters
 from megatron.parallel.pipeline.partition import Part, parts_of_stage
 from megatron.parallel.pipeline.schedule import (
     LETTERS,
@@ -37,6 +38,7 @@ from megatron.plan.operations import Operation
 from megatron.plan.rank import RankRecord, run_rank
 from megatron.plan.result import Bar, Result, StageResult, Traffic
 from megatron.plan.timeline import Timeline
+from megatron.train.adapters import plan_lora
 from megatron.train.build import Plan, make_plan
 
 # A schedule with more forward actions than this is simulated for so many rounds of the pipeline, and one more.
@@ -109,6 +111,7 @@ def price(run: RecordedRun, gpu: Gpu, interconnect: Interconnect, title: str = "
     pipelined = _run_schedule(run, stages, costs)
     step_s = max(end + stage.update_s for end, stage in zip(pipelined.ends, stages, strict=True))
     tokens = largest_batch(config.train.global_batch) * plan.sequence_length
+    adapters = count_adapters(run.model, plan_lora(config.lora, run.model))
     return Result(
         title=title,
         layout=_layout(config, plan),
@@ -122,8 +125,8 @@ def price(run: RecordedRun, gpu: Gpu, interconnect: Interconnect, title: str = "
         steps=config.train.steps,
         step_s=step_s,
         bubble=pipelined.idle_share(step_s),
-        model_flops_causal=model_flops_per_token(run.model, plan.sequence_length),
-        model_flops_full=model_flops_per_token(run.model, plan.sequence_length, causal=False),
+        model_flops_causal=model_flops_per_token(run.model, plan.sequence_length, adapters=adapters),
+        model_flops_full=model_flops_per_token(run.model, plan.sequence_length, causal=False, adapters=adapters),
         hardware_flops=sum(_flops(stage, plan) for stage in stages) * run.world_size / plan.grid.pipeline / tokens,
         stages=tuple(
             _stage_result(number, stage, run.schedule[number], plan, gpu, step_s) for number, stage in enumerate(stages)

@@ -22,6 +22,7 @@ from megatron.parallel.pipeline.schedule import Action, label
 from megatron.plan.communicator import RecordingCommunicator
 from megatron.plan.memory import GRADIENTS, OPTIMIZER, WEIGHTS
 from megatron.plan.recorder import Message, Phase, Recorder, Recording, Start
+from megatron.train.adapters import plan_lora
 from megatron.train.build import Plan, build_step
 from megatron.train.kernels import install
 from megatron.train.step import TrainingStep
@@ -80,7 +81,7 @@ def run_rank(
         for axis in context.axes():
             if isinstance(axis.communicator, RecordingCommunicator):
                 axis.communicator.axis = axis.name
-        step = build_step(config, plan, model, context, device)
+        step = build_step(config, plan, model, context, device, plan_lora(config.lora, model))
         if config.kernels.attention == "eager":
             install(VendorKernels(attend=eager_causal_attention), step.model)
         _label(recorder, step)
@@ -94,7 +95,7 @@ def run_rank(
         second,
         step.actions,
         tuple(len(chunk.blocks) for chunk in step.model.chunks),
-        sum(slot.spec.numel for bucket in step.buckets for slot in bucket.slots),
+        sum(slot.spec.numel for flat in (*step.buckets, *step.frozen) for slot in flat.slots),
     )
 
 
@@ -110,6 +111,6 @@ def _label(recorder: Recorder, step: TrainingStep) -> None:
         recorder.label(bucket.owned_gradients, GRADIENTS)
     for tensor in step.optimizer.state_tensors():
         recorder.label(tensor, OPTIMIZER)
-    for bucket in step.buckets:  # last: where masters are the weights themselves they count as weights
-        recorder.label(bucket.weights, WEIGHTS)
-        recorder.label(bucket.owned_weights, WEIGHTS)
+    for flat in (*step.buckets, *step.frozen):  # last: where masters are the weights themselves they count as weights
+        recorder.label(flat.weights, WEIGHTS)
+        recorder.label(flat.owned_weights, WEIGHTS)

@@ -26,11 +26,14 @@ from megatron.evaluate.perplexity import Evaluation, evaluate_parts
 from megatron.model.config import ModelConfig
 from megatron.model.families import dropout_notice
 from megatron.model.flops import head_cost_in_layers, model_flops_per_token
+from megatron.model.lora import Lora, adapt
+from megatron.model.specs import count_adapters
 from megatron.model.transformer import ChunkedTransformer, Transformer, build_stage
 from megatron.parallel.mesh import Grid, ParallelContext, connect
 from megatron.parallel.pipeline.partition import Part, cut, describe_partition
 from megatron.parallel.world import World
 from megatron.tokenizer import find_tokenizer, load_tokenizer, local_tokenizer
+from megatron.train.adapters import adapter_state
 from megatron.train.checkpoints import Checkpoints, check_resume, start_from
 from megatron.train.datasets import (
     describe_order,
@@ -140,21 +143,22 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
         timeout_s=config.parallel.timeout_s,
     )
     vendor = choose_kernels(config.kernels, origin.model, plan.grid.tensor, world)
-    step = build_step(config, plan, origin.model, context, world.device)
+    step = build_step(config, plan, origin.model, context, world.device, origin.lora)
     install(vendor, step.model)
     world.agree(lambda: start_from(origin, step, config.train.seed))
-    if origin.source is not None:
-        origin.source.close()
+    adapter = world.agree(lambda: _describe_adapter(config, origin) if world.launch.rank == 0 else None)
+    origin.close()
     with ExitStack() as stack:
-        checkpoints = Checkpoints(config, world, context, origin, carried, data_state)
+        checkpoints = Checkpoints(config, world, context, origin, carried, data_state, adapter)
         loader = stack.enter_context(
             world.agree(lambda: open_loader(config, plan, origin.model, context, progress.consumed_samples))
         )
         sinks = world.agree(lambda: _open_sinks(config, progress) if world.launch.rank == 0 else [])
         for sink in sinks:
             stack.callback(sink.close)
+        adapters = count_adapters(origin.model, origin.lora)
         speed = Speed(
-            model_flops_per_token(origin.model, plan.sequence_length),
+            model_flops_per_token(origin.model, plan.sequence_length, adapters=adapters),
             peak_flops_per_s(world.device, DTYPES[config.train.precision]),
             world.launch.world_size,
         )
@@ -239,7 +243,7 @@ def _find_tokenizer(config: RunConfig, origin: Origin, world: World) -> Path | N
     if config.tokenizer.path is not None:
         path = config.tokenizer.path
         return Path(world.once_per_machine(lambda: str(local_tokenizer(path))))
-    return None if origin.source is None else find_tokenizer(origin.source.folder)
+    return None if origin.source is None else find_tokenizer(origin.source.tokenizer_folder)
 
 
 def _restore_progress(config: RunConfig, origin: Origin, data_state: dict[str, Any]) -> Progress:
@@ -250,9 +254,14 @@ def _restore_progress(config: RunConfig, origin: Origin, data_state: dict[str, A
 
 
 def build_step(
-    config: RunConfig, plan: Plan, model: ModelConfig, context: ParallelContext, device: torch.device
+    config: RunConfig,
+    plan: Plan,
+    model: ModelConfig,
+    context: ParallelContext,
+    device: torch.device,
+    lora: Lora | None = None,
 ) -> TrainingStep:
-    """This rank's part of the model, weights not yet filled, and the step over it."""
+    """This rank's part of the model, weights not yet filled, and the step over it; with `lora`, over its adapters."""
     train = config.train
     # Without storage at first: under full sharding the whole part may not fit.
     stage = build_stage(
@@ -264,6 +273,8 @@ def build_step(
         train.recompute,
         train.recompute_layers,
     )
+    if lora is not None:
+        adapt(stage, lora)
     return TrainingStep(
         stage,
         context,
@@ -360,6 +371,12 @@ def _evaluation(
     return run
 
 
+def _describe_adapter(config: RunConfig, origin: Origin) -> dict[str, Any] | None:
+    if origin.lora is None or origin.base is None:
+        return None
+    return adapter_state(origin.lora, origin.base, config)
+
+
 def _describe_run(
     config: RunConfig, plan: Plan, origin: Origin, step: TrainingStep, world: World, progress: Progress
 ) -> None:
@@ -371,6 +388,14 @@ def _describe_run(
         f"parts of {describe_partition(plan.parts)}" if grid.pipeline > 1 else "one stage",
         origin.description,
     )
+    if origin.lora is not None:
+        _logger.info(
+            "adapters: %s parameters, rank %d, alpha %g, on %s",
+            format_count(count_adapters(model, origin.lora) or 0),
+            origin.lora.rank,
+            origin.lora.alpha,
+            ", ".join(origin.lora.targets),
+        )
     notice = dropout_notice(origin.huggingface)
     if notice is not None:
         _logger.info("%s", notice)

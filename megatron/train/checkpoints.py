@@ -13,13 +13,14 @@ from megatron.checkpoint.manager import apply_retention
 from megatron.checkpoint.native import step_folder
 from megatron.checkpoint.source import Source
 from megatron.checkpoint.store import save_checkpoint
-from megatron.checkpoint.together import read_together
+from megatron.checkpoint.together import Wanted, read_together
 from megatron.checkpoint.weights import weight_kinds
 from megatron.config.dump import differences, dump_config, to_dict
 from megatron.config.run import RunConfig
 from megatron.data.build import blends_begun
 from megatron.model.config import spell_for_both
 from megatron.model.initialize import initial_values
+from megatron.model.lora import adapter_of, adapter_values
 from megatron.optim.adamw import AdamW
 from megatron.parallel.layout import Region
 from megatron.parallel.mesh import ParallelContext
@@ -38,23 +39,39 @@ def start_from(origin: Origin, step: TrainingStep, seed: int) -> None:
     if origin.source is None:
         step.fill(initial_values(origin.model, seed))
         return
-    source, optimizer = origin.source, step.optimizer
+    source = origin.source if origin.lora is None else origin.adapters  # of the weights that are trained
+    optimizer = step.optimizer
+    if source is None:
+        step.fill_together(lambda wanted: _fill_parts(origin, None, wanted, step, seed))
+        return
     dtype = next(step.model.parameters()).dtype
     # What is stored in a higher precision than the weights here, the masters keep.
     stored = {source.dtype(name) for name in source.shapes()}
     precise = optimizer.has_masters and any(torch.promote_types(dtype, other) != dtype for other in stored)
     masters = bool(source.shapes("master"))
-    axes = (step.context.tp, step.context.replica, step.context.shard)
-    step.fill_together(
-        lambda wanted: read_together(source, wanted, axes, weight_kinds(source, dtype)),
-        masters=precise and not masters,
-    )
+    step.fill_together(lambda wanted: _fill_parts(origin, source, wanted, step, seed), masters=precise and not masters)
     if masters:
         _load_state(optimizer, source, "master", "master")
     if origin.resume:
         for kind in ("exp_avg", "exp_avg_sq"):
             _load_state(optimizer, source, kind, kind)
         optimizer.set_updates(int((source.state or {}).get("updates", 0)))
+
+
+def _fill_parts(origin: Origin, source: Source | None, wanted: Wanted, step: TrainingStep, seed: int) -> None:
+    """Read the weights that are trained from `source` (None: make them), and those under adapters from the model."""
+    axes = (step.context.tp, step.context.replica, step.context.shard)
+    dtype = next(step.model.parameters()).dtype
+    if origin.base is not None:
+        under = [pair for pair in wanted if adapter_of(pair[0].name) is None]
+        read_together(origin.base, under, axes, weight_kinds(origin.base, dtype))
+        wanted = [pair for pair in wanted if adapter_of(pair[0].name) is not None]
+    if source is not None:
+        read_together(source, wanted, axes, weight_kinds(source, dtype))
+        return
+    values = adapter_values(origin.model, seed)
+    for region, view in wanted:
+        values(region, view)
 
 
 def _load_state(optimizer: AdamW, source: Source, kind: str, stored_kind: str) -> None:
@@ -110,9 +127,12 @@ class Checkpoints:
         origin: Origin,
         carried: Mapping[str, bytes],
         data: Mapping[str, Any],
+        adapter: Mapping[str, Any] | None = None,
     ) -> None:
+        """`adapter` is what a checkpoint says of its adapters, where it holds these alone."""
         self.config, self.world, self.context, self.origin = config, world, context, origin
         self.carried, self.data = carried, data
+        self._adapter = adapter
         self.folder = None if config.checkpoint.save is None else Path(config.checkpoint.save)
         self._last_saved: int | None = None
 
@@ -144,6 +164,7 @@ class Checkpoints:
                 **progress.to_dict(),
                 "updates": step.optimizer.updates,
                 "data": dict(self.data),
+                **({} if self._adapter is None else {"adapter": dict(self._adapter)}),
                 "grid": {
                     "tensor": self.context.tp.size,
                     "context": self.context.cp.size,

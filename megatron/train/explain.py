@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.manager import newest_checkpoint
-from megatron.checkpoint.source import open_source
+from megatron.checkpoint.source import open_stored
 from megatron.config.run import RunConfig
 from megatron.config.values import show
 from megatron.data.dataset import Dataset
@@ -190,7 +190,7 @@ def _processes_of(config: RunConfig) -> int:
             "how many processes the run has is not known, since there is no checkpoint in checkpoint.save; "
             "say it with --processes"
         )
-    with open_source(newest) as source:
+    with open_stored(newest) as source:
         grid = (source.state or {})["grid"]
     return int(grid["tensor"] * grid["context"] * grid["pipeline"] * grid["data"])
 
@@ -201,7 +201,7 @@ def _check_checkpoint(config: RunConfig, plan: Plan, *, position_is_known: bool)
     newest = _newest(config)
     if newest is None:
         return
-    with open_source(newest) as source:
+    with open_stored(newest) as source:
         order = describe_order(config, sequence_length=plan.sequence_length, samples=plan.samples)
         check_resume(config, source, order)
         state = source.state or {}

@@ -13,13 +13,15 @@ from megatron.checkpoint.hub import fetch_config, local_folder, local_folder_tog
 from megatron.checkpoint.huggingface import MODEL_CONFIG, read_config
 from megatron.checkpoint.manager import newest_checkpoint, warn_ignored
 from megatron.checkpoint.native import MANIFEST, step_of
-from megatron.checkpoint.source import Source, open_source
+from megatron.checkpoint.source import Source, open_source, open_stored
 from megatron.config.model import ModelSettings
 from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
 from megatron.model.families import family_of
+from megatron.model.lora import Lora, make_lora
 from megatron.model.specs import canonical_shapes
 from megatron.parallel.world import World
+from megatron.train.adapters import check_kind, open_base, open_first, take_lora
 from megatron.train.verify import describe_damage, find_damage, refuse_damage
 from megatron.utils.errors import CheckpointError, ConfigError
 from megatron.utils.hub import parse_address
@@ -32,19 +34,35 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 class Origin:
     """Where the weights come from (None: random), whether all training state comes along, and the model.
 
-    `huggingface` is the content of the model's `config.json`, kept as it was found.
+    `huggingface` is the content of the model's `config.json`, kept as it was found. With adapters (`lora`), the weights
+    under them are those of `base`, and their own those of `adapters` (None: made).
     """
 
     source: Source | None
     resume: bool
     model: ModelConfig
     huggingface: dict[str, Any]
+    lora: Lora | None = None
+    base: Source | None = None
+    adapters: Source | None = None
 
     @property
     def description(self) -> str:
         if self.source is None:
             return "random weights"
-        return f"{'all state' if self.resume else 'weights'} of {self.source.folder}"
+        what = f"{'all state' if self.resume else 'weights'} of"
+        return f"{what} {' and '.join(str(source.folder) for source in self.sources)}"
+
+    @property
+    def sources(self) -> list[Source]:
+        """All that is read, each once."""
+        several = (self.source, self.base, self.adapters)
+        return list({id(source): source for source in several if source is not None}.values())
+
+    def close(self) -> None:
+        """Close the files that are open."""
+        for source in self.sources:
+            source.close()
 
 
 def describe_model(config: RunConfig) -> tuple[ModelConfig, str]:
@@ -98,17 +116,33 @@ def find_origin(config: RunConfig, world: World) -> Origin:
     """
     newest = _newest(config, world)
     if newest is not None:
-        return world.agree(lambda: _from_source(newest, config.model, resume=True))
+        base = _fetched(config, config.model.init_from, world)
+        origin = world.agree(lambda: _resumed(newest, config, base))
+        if origin.base is not None:
+            _refuse_damaged(origin.base, world)
+        return origin
     path = config.checkpoint.load or config.model.init_from
     if path is None:
-        return world.agree(lambda: _from_settings(config.model))
+        return world.agree(lambda: _random(config))
+    resumes = config.checkpoint.load is not None
     folder = local_folder_together(path, world)
-    origin = world.agree(lambda: _from_source(folder, config.model, resume=config.checkpoint.load is not None))
-    source = origin.source
-    if source is not None and source.manifest is not None:  # a Hugging Face folder has no checksums
-        unread = () if origin.resume else source.files("exp_avg", "exp_avg_sq")
-        refuse_damage(source.folder, world, unread)
+    other = _fetched(config, config.model.init_from if resumes else config.lora.init_from, world)
+    origin = world.agree(lambda: _resumed(folder, config, other) if resumes else _new(folder, config, other))
+    for source in origin.sources:
+        _refuse_damaged(source, world, resumes and source is origin.source)
     return origin
+
+
+def _fetched(config: RunConfig, path: str | None, world: World) -> Path | None:
+    """The folder of what a run with adapters needs besides."""
+    return None if path is None or not config.lora.active else local_folder_together(path, world)
+
+
+def _refuse_damaged(source: Source, world: World, with_state: bool = False) -> None:
+    """Raise CheckpointError where a file's content is not what was written; only checkpoints have checksums."""
+    for part in source.parts:
+        if part.manifest is not None:
+            refuse_damage(part.folder, world, () if with_state else part.files("exp_avg", "exp_avg_sq"))
 
 
 def _newest(config: RunConfig, world: World) -> str | None:
@@ -140,13 +174,41 @@ def _nothing_sound(save: Path) -> CheckpointError:
     )
 
 
-def _from_source(path: str | Path, settings: ModelSettings, *, resume: bool) -> Origin:
-    source = open_source(path)
-    if resume and not (source.state and source.has_optimizer):
+def _resumed(path: str | Path, config: RunConfig, base_folder: Path | None) -> Origin:
+    """All state of a checkpoint; `base_folder` is where the model under its adapters lies (None: where it was)."""
+    source = open_stored(path)
+    if not (source.state and source.has_optimizer):
         raise CheckpointError(
             f"{path} holds weights but no training state; to start a new run from its weights, give it "
             "as model.init_from instead."
         )
+    check_kind(config, source)
+    if source.adapter is None:
+        return Origin(source, True, _checked_model(source, config.model), source.model_config)
+    base = open_base(source, base_folder)
+    model = _agreed_model(source, config.model)
+    return Origin(source, True, model, source.model_config, take_lora(config.lora, source, model), base, source)
+
+
+def _new(path: str | Path, config: RunConfig, first: Path | None) -> Origin:
+    """The weights of a model, at step 0; `first` is the folder of the adapters to begin with."""
+    source = open_source(path)
+    model = _checked_model(source, config.model)
+    if not config.lora.active:
+        return Origin(source, False, model, source.model_config)
+    adapters = None if first is None else open_first(first, source)
+    lora = make_lora(config.lora, model) if adapters is None else take_lora(config.lora, adapters, model)
+    return Origin(source, False, model, source.model_config, lora, source, adapters)
+
+
+def _checked_model(source: Source, settings: ModelSettings) -> ModelConfig:
+    model = _agreed_model(source, settings)
+    check_weights(source, canonical_shapes(model))
+    return model
+
+
+def _agreed_model(source: Source, settings: ModelSettings) -> ModelConfig:
+    """The model of a source; raises ConfigError where the configuration states another."""
     model = ModelConfig.from_huggingface(source.model_config)
     contradictions = [
         f"model.{name}={wanted} but {source.folder} has {getattr(model, name)}"
@@ -157,8 +219,18 @@ def _from_source(path: str | Path, settings: ModelSettings, *, resume: bool) -> 
             f"The configuration contradicts the model it starts from: {'; '.join(contradictions)}. "
             "Leave these keys out to take the model as it is."
         )
-    check_weights(source, canonical_shapes(model))
-    return Origin(source, resume, model, source.model_config)
+    return model
+
+
+def _random(config: RunConfig) -> Origin:
+    """Random weights, which adapters are not for."""
+    origin = _from_settings(config.model)
+    if config.lora.active:
+        raise ConfigError(
+            "lora adapts the weights of a model, and there is none: name it as model.init_from (a Hugging Face folder "
+            "or a checkpoint), or leave lora out to train random weights."
+        )
+    return origin
 
 
 def _from_settings(settings: ModelSettings) -> Origin:

@@ -18,7 +18,7 @@ from megatron.model.transformer import ChunkedTransformer, Transformer
 from megatron.optim.adamw import AdamW
 from megatron.optim.clip import GradientNorm, clip_divisor
 from megatron.optim.learning_rate import learning_rate
-from megatron.parallel.buckets import build_buckets
+from megatron.parallel.buckets import build_buckets, flatten_frozen
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.gradients import GradientReducer, ShardedGradientReducer
 from megatron.parallel.layout import Region
@@ -41,7 +41,8 @@ class StepOutcome:
 
 
 class TrainingStep:
-    """The model of this rank with its buckets and optimizer, and the step over them.
+    """The model of this rank with its buckets and optimizer, and the step over them; `frozen` are the weights that are
+    not trained.
 
     `micro_batches` is the number of micro-batches that each data rank usually runs in a step; a step may be given
     another number. What `zero` divides is divided over `context.shard`. A model on torch's meta device gets its (zero)
@@ -72,7 +73,11 @@ class TrainingStep:
             bucket_elements=bucket_elements,
             device=device,
         )
-        self.weights = (ShardedWeights if zero == 3 else GatheredWeights)(model, self.buckets, context)
+        self.frozen = flatten_frozen(model, context.shard, zero=zero, bucket_elements=bucket_elements, device=device)
+        if zero == 3:
+            self.weights: GatheredWeights = ShardedWeights(model, [*self.buckets, *self.frozen], context)
+        else:
+            self.weights = GatheredWeights(model, self.buckets, context)
         self.gradients = (ShardedGradientReducer if zero == 3 else GradientReducer)(self.buckets, context)
         self.norm = GradientNorm(self.buckets, context)
         self.optimizer = AdamW(self.buckets, config)
@@ -120,15 +125,17 @@ class TrainingStep:
         """The same with all regions at once. With `masters` their regions are among them, and they keep what is written
         there instead of taking it from the weights."""
         with torch.no_grad():
-            for bucket in self.buckets:
-                bucket.owned_weights.zero_()
+            for flat in (*self.buckets, *self.frozen):
+                flat.owned_weights.zero_()
             self.optimizer.reset_masters()
-            write([*self.weight_regions(), *(self.optimizer.state_regions("master") if masters else ())])
+            frozen = (pair for flat in self.frozen for pair in flat.owned_regions(flat.owned_weights))
+            write([*self.weight_regions(), *frozen, *(self.optimizer.state_regions("master") if masters else ())])
         if not masters:
             self.optimizer.reset_masters()
         self.weights.updated()
 
     def weight_regions(self, copies: bool = True) -> Iterator[tuple[Region, torch.Tensor]]:
-        """The weights that this rank owns, as rectangles of canonical tensors; `copies=False`: without extra copies."""
+        """The weights that are trained and that this rank owns, as rectangles of canonical tensors; `copies=False`:
+        without extra copies."""
         for bucket in self.buckets:
             yield from bucket.owned_regions(bucket.owned_weights, copies)

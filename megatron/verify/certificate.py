@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Grid
+from megatron.train.adapters import plan_lora
 from megatron.train.build import make_plan
 from megatron.utils.errors import ConfigError
 from megatron.utils.units import format_bytes
@@ -58,6 +59,7 @@ def certify(
 ) -> Certificate:
     """Compare `config` on `world_size` processes with one rank. Raises ConfigError for what cannot be run here."""
     plan = make_plan(in_float64(config), model, world_size)
+    plan_lora(config.lora, model)  # what cannot be is said before anything is started
     check_memory(model, world_size)
     say(f"one rank, reference kernels, {model.num_parameters:,} parameters in float64 ...")
     with Pool(1) as alone, Pool(world_size) as together:

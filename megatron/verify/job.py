@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,9 +12,12 @@ from megatron.config.run import RunConfig
 from megatron.kernels import native
 from megatron.kernels.native import Backend
 from megatron.model.config import ModelConfig
-from megatron.model.initialize import initial_values
+from megatron.model.initialize import fill_region, initial_values
+from megatron.model.lora import adapter_of
 from megatron.parallel.communicator import new_communicator
+from megatron.parallel.layout import Region
 from megatron.parallel.mesh import ParallelContext, connect
+from megatron.train.adapters import plan_lora
 from megatron.train.build import Plan, build_step, make_plan, open_loader
 from megatron.train.step import TrainingStep
 from megatron.verify.communicator import Use, WatchedCommunicator
@@ -47,11 +51,24 @@ def run_rank(
     for axis in context.axes():
         if isinstance(axis.communicator, WatchedCommunicator):
             axis.communicator.axis = axis.name
-    step = build_step(config, plan, model, context, torch.device("cpu"))
-    step.fill(initial_values(model, config.train.seed))
+    step = build_step(config, plan, model, context, torch.device("cpu"), plan_lora(config.lora, model))
+    step.fill(_values(model, config.train.seed))
     result = _run_steps(step, config, plan, model, context)
     result.used = used
     return result
+
+
+def _values(model: ModelConfig, seed: int) -> Callable[[Region, torch.Tensor], None]:
+    """Random weights; of adapters too: as a run begins them, the second factor and with it a gradient would be zero."""
+    others = initial_values(model, seed)
+
+    def fill(region: Region, out: torch.Tensor) -> None:
+        if adapter_of(region.name) is not None:
+            fill_region(region, out, seed, model.initializer_range)
+        else:
+            others(region, out)
+
+    return fill
 
 
 def in_float64(config: RunConfig) -> RunConfig:

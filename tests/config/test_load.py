@@ -116,7 +116,7 @@ def test_the_last_of_several_overrides_wins() -> None:
         ("--parallel.tensor_parallel=1", "did you mean parallel.tensor?"),
         ("--trian.zzz=1", "unknown key trian.zzz; did you mean train?"),
         ("--evaluate.zzzz=1", "the keys of evaluate are interval, batches"),
-        ("--xyzzy.qqq=1", "the sections are model, parallel, data"),
+        ("--xyzzy.qqq=1", "the sections are model, lora, parallel, data"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(override: str, hint: str) -> None:

@@ -51,6 +51,12 @@ from megatron.utils.errors import ConfigError
             (["--data.validation=[a, b]"],),
         ),
         (
+            ["--lora.alpha=16"],
+            "there are no adapters; set lora.rank, or leave lora.alpha out",
+            (["--lora.rank=8"], ["--lora.init_from=x"], ["--lora.alpha=null"]),
+        ),
+        (["--lora.rank=8", "--lora.targets=[]"], "name some, or leave it out", (["--lora.targets=[q_proj]"],)),
+        (
             ["--data.packing=true"],
             "data.packing=true with data.kind=pretraining: it is for conversations",
             (["--data.kind=instruction"], ["--data.packing=false"]),

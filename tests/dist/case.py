@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron.config.lora import LoraConfig, TargetName
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ContextAttention, LayerSplit, ScheduleName
 from megatron.config.train import Recompute
@@ -15,7 +17,8 @@ from megatron.data.loader import MicroBatch
 from megatron.kernels import native
 from megatron.kernels.runs import Documents
 from megatron.model.config import ModelConfig
-from megatron.model.initialize import initial_values
+from megatron.model.initialize import fill_region, initial_values
+from megatron.model.lora import adapt, adapter_of, make_lora
 from megatron.model.transformer import build_stage
 from megatron.parallel.layers import ShardedParameter
 from megatron.parallel.layout import Region
@@ -110,6 +113,8 @@ class Case:
     schedule: ScheduleName = "1f1b"
     chunks: int = 1
     split: LayerSplit = "even"
+    lora_rank: int = 0
+    lora_targets: tuple[TargetName, ...] | None = None
 
     @property
     def grid(self) -> Grid:
@@ -257,6 +262,8 @@ def run_case(
         )
         parts = cut(case.layers, case.pipeline * case.chunks, case.split, head_cost=1.7)
         model = build_stage(case.model, context, parts, torch.float64, "cpu", case.recompute, case.recompute_layers)
+        if case.lora_rank:
+            adapt(model, make_lora(LoraConfig(case.lora_rank, alpha=2.5, targets=case.lora_targets), case.model))
         step = TrainingStep(
             model,
             context,
@@ -267,7 +274,7 @@ def run_case(
             schedule=case.schedule,
             bucket_elements=case.bucket_elements,
         )
-        step.fill(initial_values(case.model, seed=7))
+        step.fill(first_values(case))
         result = Result()
         _record_gradients(step, result)
         for number in range(STEPS):
@@ -280,6 +287,24 @@ def run_case(
     result.log, result.open_works = log.issued, log.open_works
     communicators.close()
     return result
+
+
+def first_values(case: Case) -> Callable[[Region, torch.Tensor], None]:
+    """What a run begins with. Beside adapters, biases are random too, since nothing would change them, and adapters are,
+    so that none of their gradients is zero."""
+    model, seed = case.model, 7
+    others = initial_values(model, seed)
+
+    def fill(region: Region, out: torch.Tensor) -> None:
+        if not case.lora_rank or (adapter_of(region.name) is None and not region.name.endswith(".bias")):
+            others(region, out)
+        elif len(region.shape) == 1:
+            row = Region(region.name, (1, *region.shape), (0, *region.start), (1, *region.size))
+            fill_region(row, out.unsqueeze(0), seed, model.initializer_range)
+        else:
+            fill_region(region, out, seed, model.initializer_range)
+
+    return fill
 
 
 def _record_gradients(step: TrainingStep, result: Result) -> None:

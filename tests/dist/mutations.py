@@ -142,6 +142,10 @@ def _swap_chunks(original: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _own_gradient(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
+    return _unsummed_rows(grad_output, ctx.tp, ctx.sequence), None, None
+
+
 def _ignore_tokens(norm: torch.Tensor, divisor: torch.Tensor, limit: float) -> torch.Tensor:
     return clip.clip_divisor(norm, torch.ones_like(divisor), limit)
 
@@ -220,6 +224,7 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "padding-gets-gradient": lambda: patch.object(
         loss, "logits_gradient_", _padding_has_probability(loss.logits_gradient_)
     ),
+    "adapter-gradient-not-summed": lambda: patch.object(layers._IntoColumns, "backward", _own_gradient),
     "head-gradient-not-reduced": lambda: patch.object(loss, "reduce_activations", _unsummed_rows),
     "gradients-of-the-last-step-kept": lambda: patch.object(GradientSink, "clear", lambda _: None),
     # These need a communicator that punishes them: gloo is usually done before anybody looks.

@@ -28,6 +28,8 @@ GPT_SEQUENCE = Case("gpt2-tp2-sequence", tensor=2, sequence=True, family="gpt2")
 CONTEXT = Case("cp2", context=2)
 GATHERED = Case("cp2-all-gather", context=2, context_attention="all_gather")
 DOCUMENTS = Case("cp2-documents", context=2, documents=True)
+ADAPTERS = Case("tp2-adapters", tensor=2, lora_rank=3)
+ADAPTERS_SEQUENCE = Case("tp2-sequence-adapters", tensor=2, sequence=True, lora_rank=3)
 KEY_VALUE_COPIES = Case("tp2-one-key-value-head", tensor=2, key_value_heads=1)
 
 # (mutation, case, strict communicator)
@@ -63,6 +65,10 @@ TWINS = [
     ("gradients-not-divided-by-tokens", UNCLIPPED, False),
     ("padding-in-the-softmax", TENSOR, False),
     ("padding-gets-gradient", TENSOR, False),
+    ("adapter-gradient-not-summed", ADAPTERS, False),
+    ("adapter-gradient-not-summed", ADAPTERS_SEQUENCE, False),
+    ("row-forward-not-reduced", ADAPTERS, False),
+    ("copies-not-summed", ADAPTERS_SEQUENCE, False),
     ("head-gradient-not-reduced", TENSOR, False),
     ("head-gradient-not-reduced", SEQUENCE, False),
     ("gradients-of-the-last-step-kept", DATA, False),

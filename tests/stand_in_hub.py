@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 TOKEN = "hf_good"  # of an account that may read and write everything
+READ_TOKEN = "hf_reader"  # of one that may write nothing
 LARGE = (".safetensors", ".bin", ".pth", ".pt")
 _NAME = r"(?P<name>[\w.-]+(?:/[\w.-]+)?)"
 
@@ -158,6 +159,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     # What is written
 
+    def whoami(self) -> None:
+        token = self.headers.get("Authorization")
+        if token in (f"Bearer {TOKEN}", f"Bearer {READ_TOKEN}"):
+            role = "write" if token == f"Bearer {TOKEN}" else "read"
+            return self._send_json({"name": "Me", "type": "user", "auth": {"accessToken": {"role": role}}})
+        return self._fail(401, "", "Invalid username or password.")
+
     def create(self) -> None:
         if self._may_write():
             wanted = json.loads(self.body)
@@ -282,6 +290,7 @@ _ROUTES = (
     ("GET", rf"/api/models/{_NAME}/tree/(?P<revision>.+)", _Handler.tree),
     *((verb, rf"/{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve) for verb in ("HEAD", "GET")),
     *((verb, r"/large/(?P<sha256>\w+)/(?P<path>.+)", _Handler.large) for verb in ("HEAD", "GET")),
+    ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", rf"/api/models/{_NAME}/branch/(?P<revision>.+)", _Handler.branch),
     ("POST", rf"/api/models/{_NAME}/preupload/(?P<revision>.+)", _Handler.preupload),

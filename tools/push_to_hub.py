@@ -17,7 +17,7 @@ from megatron.checkpoint.huggingface import MODEL_CONFIG, config_text, is_huggin
 from megatron.model.config import spell_for_both
 from megatron.utils.errors import ConfigError, MegatronError
 from megatron.utils.files import write_atomically
-from megatron.utils.hub import named
+from megatron.utils.hub import check_may_upload, named
 from megatron.utils.units import parse_bytes
 from tools.megatron_llm_flags import Parser
 
@@ -74,6 +74,8 @@ def main(words: Sequence[str]) -> int:
     try:
         arguments = parse(words)
         repository = None if arguments.hf_repo_name is None else named(arguments.hf_repo_name)
+        if repository is not None:
+            check_may_upload(repository, arguments.auth_token)
         with tempfile.TemporaryDirectory() as temporary:
             folder = prepare(arguments, arguments.output_folder or Path(temporary) / "huggingface")
             if repository is not None:

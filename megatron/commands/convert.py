@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, with a progress line on stderr and a summary at the end. Raises MegatronError."""
-    from megatron.utils.hub import parse_address
+    from megatron.utils.hub import check_may_upload, parse_address
 
     upload_to = parse_address(arguments.destination)
     if upload_to is None:
@@ -90,10 +90,13 @@ def run(arguments: argparse.Namespace) -> int:
             f"--to {arguments.to}: what is uploaded to {upload_to} is in Hugging Face's format (--to hf) or PEFT's."
         )
     arguments.to = arguments.to or "hf"
+    check_may_upload(upload_to)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / upload_to.name.rpartition("/")[2]
         code = _convert(arguments, folder)
-        if code == 0:
+        if code != 0:
+            print(f"{upload_to}: not uploaded")
+        else:
             # A new repository is private: what is public once cannot be taken back.
             print(f"{upload_to}: uploaded to {upload_model(folder, upload_to, private=True)}")
     return code

@@ -134,6 +134,19 @@ def known_sha256(file: Path) -> str | None:
     return blob.name if blob is not None and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else None
 
 
+def check_may_upload(repository: Repository, token: str | None = None) -> None:
+    """Raise ConfigError where there is no token, or none that may write: before hours of work, not after."""
+    from huggingface_hub import HfApi
+
+    with _explained(repository):
+        about = HfApi(token=token).whoami()
+        role = about.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise ConfigError(
+                f"{repository} cannot be uploaded to with a token that may only read: set HF_TOKEN to another"
+            )
+
+
 def upload(
     folder: Path,
     repository: Repository,
@@ -240,7 +253,9 @@ def _explain(repository: Repository, error: Exception) -> MegatronError:
     def met(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    if met(errors.GatedRepoError):
+    if met(errors.LocalTokenNotFoundError):
+        cure = f"cannot be uploaded to without a token: set HF_TOKEN to one of {constants.ENDPOINT}/settings/tokens"
+    elif met(errors.GatedRepoError):
         cure = f"is gated: accept its licence at {page}, and set HF_TOKEN to a token of the account that did"
     elif met(errors.RevisionNotFoundError):
         cure = f"has no branch, tag or commit {repository.revision or 'main'}: see {page}/tree/main for those it has"

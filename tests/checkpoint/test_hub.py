@@ -26,7 +26,7 @@ from megatron.utils import hub as hub_module
 from megatron.utils.environment import Launch
 from megatron.utils.errors import CheckpointError, ConfigError, ResourceError
 from megatron.utils.hub import Repository, parse_address, spelling_hint
-from tests.stand_in_hub import TOKEN, Hub, redirect_client, running_hub
+from tests.stand_in_hub import READ_TOKEN, TOKEN, Hub, redirect_client, running_hub
 
 from .conftest import CONFIG
 from .test_convert import random_weights, write_model
@@ -258,8 +258,16 @@ def test_what_is_uploaded_comes_back_the_same(
     model: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     convert(model, tmp_path / "native", "--tensor", 2)
-    convert(tmp_path / "native", "hf://Me/new", code=2)
-    assert "set HF_TOKEN" in capsys.readouterr().err
+    for token, said in (
+        (None, "without a token"),
+        (READ_TOKEN, "may only read"),
+        ("hf_bad", "not be accessed with this"),
+    ):
+        if token is not None:
+            monkeypatch.setenv("HF_TOKEN", token)
+        convert(tmp_path / "native", "hf://Me/new", code=2)
+        error = capsys.readouterr().err
+        assert error.startswith("megatron convert: error: hf://Me/new ") and said in error and "HF_TOKEN" in error
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     convert(tmp_path / "native", "hf://Me/new", "--to", "native", code=2)
     assert "in Hugging Face's format" in capsys.readouterr().err
@@ -274,6 +282,15 @@ def test_what_is_uploaded_comes_back_the_same(
     convert(tmp_path / "native", "hf://Me/other@try")
     assert hub.revisions["Me/other"]["try"]["model.safetensors"] == back["model.safetensors"]
     assert "Me/other" in hub.private and "model.safetensors" not in hub.revisions["Me/other"]["main"]
+
+
+def test_what_did_not_agree_is_not_uploaded(
+    model: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("megatron.commands.convert._verify", lambda *_: 1)
+    convert(model, "hf://Me/new", "--verify", "text", code=1)
+    assert "hf://Me/new: not uploaded" in capsys.readouterr().out and "Me/new" not in hub.revisions
 
 
 def test_the_other_verbs_read_it_too(model: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,10 +71,14 @@ def fetch_config(repository: Repository) -> dict[str, object] | None:
 
 
 def upload_model(folder: Path, repository: Repository, token: str | None = None, private: bool | None = None) -> str:
-    """Upload a folder in Hugging Face's format, and of it only what belongs to the model; the address in the web."""
+    """Upload of a folder in Hugging Face's or PEFT's format what belongs to the model; the address in the web.
+
+    The safetensors of another model in the repository are removed, unless it is adapters that come.
+    """
     present = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     names = [name for name in (*_SMALL, "README.md") if name in present] + weight_files(present, folder, str(folder))
-    return hub.upload(folder, repository, names, replaces=_WEIGHTS, token=token, private=private)
+    replaces = _WEIGHTS if SINGLE in names or SHARD_INDEX in names else ()
+    return hub.upload(folder, repository, names, replaces=replaces, token=token, private=private)
 
 
 def weight_files(names: Mapping[str, int], folder: Path, title: str) -> list[str]:

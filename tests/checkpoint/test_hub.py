@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from megatron.__main__ import main
-from megatron.checkpoint.hub import fetch_model
+from megatron.checkpoint.hub import fetch_model, upload_model
 from megatron.checkpoint.source import open_source
 from megatron.config.load import load_config
 from megatron.model.config import ModelConfig
@@ -282,6 +282,15 @@ def test_what_is_uploaded_comes_back_the_same(
     convert(tmp_path / "native", "hf://Me/other@try")
     assert hub.revisions["Me/other"]["try"]["model.safetensors"] == back["model.safetensors"]
     assert "Me/other" in hub.private and "model.safetensors" not in hub.revisions["Me/other"]["main"]
+
+
+def test_adapters_do_not_drive_a_model_out(model: Path, hub: Hub, tmp_path: Path) -> None:
+    for name, content in (("adapter_config.json", b"{}"), ("adapter_model.safetensors", b"adapters")):
+        (tmp_path / name).write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", TOKEN)
+        upload_model(tmp_path, Repository(NAME))
+    assert {"model.safetensors", "adapter_model.safetensors"} <= set(hub.revisions[NAME]["main"])
 
 
 def test_what_did_not_agree_is_not_uploaded(

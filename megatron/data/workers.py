@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -32,7 +32,7 @@ from megatron.data.encode import Encoded, Encoding, encode_chunk
 from megatron.data.instruction.conversation import Keys
 from megatron.data.instruction.encode import ChatEncoding
 from megatron.data.jsonl import BadLine, Chunk
-from megatron.tokenizer import Tokenizer, load_tokenizer
+from megatron.tokenizer import Form, Tokenizer, load_tokenizer
 from megatron.utils.errors import MegatronError, ResourceError
 from megatron.utils.logging import configure_logging
 
@@ -48,13 +48,20 @@ Message = tuple[dict[str, Any], list[bytes]]
 
 
 def encode_in_workers(
-    chunks: Iterable[Chunk], encoding: Encoding, *, vocab_size: int, workers: int
+    chunks: Iterable[Chunk],
+    encoding: Encoding,
+    *,
+    vocab_size: int,
+    workers: int,
+    make_form: Callable[[], Form | None] = lambda: None,
 ) -> Iterator[Encoded]:
     """Encode chunks in `workers` processes, in order.
 
-    Raises ResourceError if a worker dies or runs out of memory. Closing the iterator ends the workers.
+    `make_form` makes the tokenizer for a faster engine once for all of them, while they start. Raises ResourceError if
+    a worker dies or runs out of memory. Closing the iterator ends the workers.
     """
-    with _Pool(encoding, encoding.dtypes(vocab_size), workers) as pool:
+    with _Pool(encoding.dtypes(vocab_size), workers) as pool:
+        pool.begin(encoding, make_form())
         for chunk in chunks:
             while not pool.has_room_for(chunk):
                 yield from pool.receive()
@@ -66,20 +73,25 @@ def encode_in_workers(
 class _Pool:
     """The workers, and the answers that wait for an earlier one."""
 
-    def __init__(self, encoding: Encoding, dtypes: Sequence[np.dtype], workers: int) -> None:
+    def __init__(self, dtypes: Sequence[np.dtype], workers: int) -> None:
         self._dtypes = dtypes
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._answers: dict[int, Encoded] = {}
         self._sent = self._given = 0
         try:
-            for number in range(workers):
-                worker = _Worker(encoding, number)
+            for _ in range(workers):
+                worker = _Worker()
                 self._workers.append(worker)
                 self._selector.register(worker.answers, selectors.EVENT_READ, worker)
         except BaseException:
             self._stop()
             raise
+
+    def begin(self, encoding: Encoding, form: Form | None) -> None:
+        """Tell every worker what to do with the chunks to come."""
+        for number, worker in enumerate(self._workers):
+            worker.begin(encoding, form, number)
 
     @property
     def under_way(self) -> int:
@@ -127,7 +139,7 @@ class _Pool:
 class _Worker:
     """The parent's end of a worker."""
 
-    def __init__(self, encoding: Encoding, number: int) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, *sys.path],
             stdin=subprocess.PIPE,
@@ -141,7 +153,14 @@ class _Worker:
             with contextlib.suppress(OSError):  # only for speed, and a user may have no right to more
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._waiting: list[tuple[int, int]] = []  # (number, bytes) of the chunks it has, in its order
-        self._send(asdict(encoding) | {"tokenizer": str(encoding.tokenizer), "worker": number}, [])
+
+    def begin(self, encoding: Encoding, form: Form | None, number: int) -> None:
+        """Say how to encode, by which form of the tokenizer, if there is one, and which worker it is."""
+        header = asdict(encoding) | {"tokenizer": str(encoding.tokenizer), "worker": number}
+        if form is None:
+            self._send(header | {"form": None}, [])
+        else:
+            self._send(header | {"form": asdict(form) | {"content": ""}}, [form.content.encode()])
 
     @property
     def load(self) -> int:
@@ -227,6 +246,7 @@ def _serve() -> None:
     if first is None:
         return
     configure_logging(first[0].pop("worker"))  # the first tells by which engine texts are encoded
+    form = _form(first[0].pop("form"), first[1])
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in first[0].items()
     }
@@ -237,13 +257,20 @@ def _serve() -> None:
     received: queue.Queue[Chunk | None] = queue.Queue(maxsize=_CHUNKS_PER_WORKER)
     threading.Thread(target=_receive_chunks, args=(received,), daemon=True).start()
     try:
-        tokenizer = load_tokenizer(encoding.tokenizer, encoding.extra_tokens)
+        tokenizer = load_tokenizer(encoding.tokenizer, encoding.extra_tokens, form)
     except MegatronError as error:  # it changed since the parent opened it
         _write_message(answers, {"error": str(error)}, [])
         return
     while (chunk := received.get()) is not None:
         _write_message(answers, *_answer(tokenizer, encoding, chunk))
         del chunk  # it may be large, and the next one comes while this name would still hold it
+
+
+def _form(fields: dict[str, Any] | None, parts: Sequence[bytes]) -> Form | None:
+    if fields is None:
+        return None
+    (content,) = parts
+    return Form(**fields | {"content": content.decode(), "library_only": tuple(fields["library_only"])})
 
 
 def _answer(tokenizer: Tokenizer, encoding: Encoding, chunk: Chunk) -> tuple[dict[str, Any], list[Part]]:

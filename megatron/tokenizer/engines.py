@@ -111,10 +111,15 @@ class Gigatoken:
                 self._open()
 
 
-def choose_engine(library: Library, open_fast: Callable[[Form, Library], Engine] = Gigatoken) -> Engine:
-    """The fastest engine that is exact for this tokenizer; one line in the log says which, and why."""
+def choose_engine(
+    library: Library, open_fast: Callable[[Form, Library], Engine] = Gigatoken, form: Form | None = None
+) -> Engine:
+    """The fastest engine that is exact for this tokenizer; one line in the log says which, and why.
+
+    `form` is the library's, where another process has made it, which takes a moment.
+    """
     try:
-        engine = open_fast(library.form(), library)
+        engine = open_fast(form or library.form(), library)
         strings = self_test_strings(library.pieces(), library.decode)
         found = engine.encode_each(strings)
         different = [text for text, ids in zip(strings, found, strict=True) if list(ids) != library.encode(text)]

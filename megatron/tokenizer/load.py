@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron.tokenizer import gpt2
 from megatron.tokenizer.backends import HuggingFaceBackend, SentencePieceBackend
+from megatron.tokenizer.forms import Form
 from megatron.tokenizer.tokenizer import Backend, Tokenizer
 from megatron.utils.errors import ConfigError, DataError
 from megatron.utils.hub import fetch, parse_address, spelling_hint
@@ -32,13 +33,14 @@ def find_tokenizer(folder: str | Path) -> Path | None:
     return next(named, None) or gpt2.find_vocabulary(Path(folder))
 
 
-def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokenizer:
+def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = (), form: Form | None = None) -> Tokenizer:
     """Open a SentencePiece model, a `tokenizer.json`, or GPT-2's `vocab.json` with `merges.txt` beside it; or the one
     in a folder.
 
     An `hf://` address is fetched. Added tokens that the files beside it name keep their ids; `extra_tokens` follow, in
     order, except those that are pieces already, which keep their id. Both become their id where they occur in a text.
-    Raises DataError for a file that is missing or damaged, ConfigError for an empty or repeated extra token.
+    `form` is what its `form()` gave in another process. Raises DataError for a file that is missing or damaged,
+    ConfigError for an empty or repeated extra token.
     """
     file = _resolve(local_tokenizer(path))
     try:
@@ -61,7 +63,7 @@ def load_tokenizer(path: str | Path, extra_tokens: Sequence[str] = ()) -> Tokeni
             next_id += 1
         literals.setdefault(token, known[token])
         literal_ids.setdefault(token, known[token])
-    return Tokenizer(backend, added=added, literals=literals, literal_ids=literal_ids, files=_files(file))
+    return Tokenizer(backend, added=added, literals=literals, literal_ids=literal_ids, files=_files(file), form=form)
 
 
 def local_tokenizer(path: str | Path) -> Path:

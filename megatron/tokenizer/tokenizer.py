@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from megatron.tokenizer.cuts import PART_CHARACTERS, Cutter
 from megatron.tokenizer.engines import Engine, Ids, Library, choose_engine
-from megatron.tokenizer.forms import pattern_of
+from megatron.tokenizer.forms import Form, NoForm, pattern_of
 from megatron.tokenizer.joins import Joiner
 from megatron.utils.errors import DataError
 
@@ -91,7 +91,7 @@ class Tokenizer:
 
     `added` are tokens with ids past the backend's pieces; `literals` are all tokens that become their id where they
     occur in a text, the one first in the mapping where two start at the same place, and `literal_ids` the same under
-    `special_tokens="ids"`. `files` are to be kept beside a checkpoint.
+    `special_tokens="ids"`. `files` are to be kept beside a checkpoint, `form` is what `form()` gave in another process.
     """
 
     def __init__(
@@ -102,8 +102,9 @@ class Tokenizer:
         literals: Mapping[str, int],
         literal_ids: Mapping[str, int],
         files: Sequence[Path],
+        form: Form | None = None,
     ) -> None:
-        self._backend = backend
+        self._backend, self._form = backend, form
         self._pieces = backend.pieces()
         self._pieces.update({identity: token for token, identity in added.items()})
         self._ids = {piece: identity for identity, piece in self._pieces.items()}
@@ -124,7 +125,14 @@ class Tokenizer:
 
     @cached_property
     def _engine(self) -> Engine:
-        return choose_engine(self._backend)
+        return choose_engine(self._backend, form=self._form)
+
+    def form(self) -> Form | None:
+        """The tokenizer for a faster engine; None if there is none that is exact."""
+        try:
+            return self._form or self._backend.form()
+        except NoForm:
+            return None
 
     @cached_property
     def _markup_encoder(self) -> Callable[[str], list[int]] | None:

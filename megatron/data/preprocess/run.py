@@ -148,7 +148,13 @@ class _Run:
         if workers <= 1:
             yield from encode_here(chunks, self._tokenizer, self._encoding)
         else:
-            yield from encode_in_workers(chunks, self._encoding, vocab_size=self._tokenizer.vocab_size, workers=workers)
+            yield from encode_in_workers(
+                chunks,
+                self._encoding,
+                vocab_size=self._tokenizer.vocab_size,
+                workers=workers,
+                make_form=self._tokenizer.form,
+            )
 
     def _worth_workers(self) -> int:
         """Starting a process takes longer than encoding a chunk."""

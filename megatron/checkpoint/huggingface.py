@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.checkpoint.index import StoredPiece, StoredTensor
 from megatron.checkpoint.safetensors_file import SafetensorsReader
+from megatron.checkpoint.tensor_file import TensorReader
 from megatron.checkpoint.torch_file import SUFFIXES, TorchReader
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
@@ -112,9 +113,13 @@ def config_text(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
+def open_file(path: Path) -> TensorReader:
+    """Open a file of tensors of whichever kind its name tells; raises CheckpointError."""
+    return TorchReader(path) if path.suffix in SUFFIXES else SafetensorsReader(path)
+
+
 def _index_file(folder: Path, file: str) -> dict[str, StoredTensor]:
-    opened = TorchReader(folder / file) if Path(file).suffix in SUFFIXES else SafetensorsReader(folder / file)
-    with opened as reader:
+    with open_file(folder / file) as reader:
         return {
             name: StoredTensor(entry.shape, (StoredPiece(Region.whole(name, entry.shape), entry.dtype, file, name),))
             for name, entry in reader.entries.items()

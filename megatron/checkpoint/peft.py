@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.huggingface import open_file
 from megatron.checkpoint.index import StoredPiece, StoredTensor
-from megatron.checkpoint.safetensors_file import SafetensorsReader
-from megatron.checkpoint.torch_file import TorchReader
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
 from megatron.utils.hub import parse_address
@@ -105,7 +104,7 @@ def read_peft(folder: Path) -> tuple[StoredAdapter, dict[str, StoredTensor], lis
         raise CheckpointError(
             f"{folder} is incomplete: it holds {ADAPTER_CONFIG}, but neither {ADAPTER_WEIGHTS} nor {ADAPTER_PICKLE}."
         )
-    with (SafetensorsReader if file == ADAPTER_WEIGHTS else TorchReader)(folder / file) as reader:
+    with open_file(folder / file) as reader:
         tensors = {}
         for key, entry in reader.entries.items():
             name = key.removeprefix(PREFIX)

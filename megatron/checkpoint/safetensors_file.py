@@ -18,7 +18,8 @@ from typing import Any, Self
 
 import torch
 
-from megatron.checkpoint.strided import Entry, memory_of, pread, read_entry, row_blocks
+from megatron.checkpoint.strided import Entry, memory_of, pread, row_blocks
+from megatron.checkpoint.tensor_file import TensorReader
 from megatron.utils.errors import CheckpointError
 from megatron.utils.files import new_checksum
 
@@ -46,44 +47,12 @@ _HEADER_LIMIT_BYTES = 100 * 10**6  # the limit of the reference implementation
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-class SafetensorsReader:
-    """Reads rectangles of the tensors of one file. Use it as a context manager, or call `close`."""
+class SafetensorsReader(TensorReader):
+    """Reads rectangles of the tensors of one file, whose header is checked when it is opened."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the file and check its header; raises CheckpointError for a missing, damaged or truncated file."""
-        self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be opened ({error.strerror}).") from error
-        try:
-            self.entries, self.metadata = _read_header(self._descriptor, path)
-        except BaseException:
-            self.close()
-            raise
-
-    def read(self, name: str, slices: Sequence[slice] | None, out: torch.Tensor) -> None:
-        """Fill `out` with the rectangle `slices` (None: everything) of a tensor, cast to the dtype of `out`.
-
-        `out` has the rectangle's shape and may be strided or on another device. Slices are `begin:end` or
-        `begin:end:step`.
-        """
-        self.read_entry(self.entries[name], slices, out)
-
-    def read_entry(self, entry: Entry, slices: Sequence[slice] | None, out: torch.Tensor) -> None:
-        """The same for an entry that may see a stored tensor in another shape."""
-        read_entry(self._descriptor, self.path, entry, slices, out)
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+    def _find_tensors(self, descriptor: int) -> Mapping[str, Entry]:
+        entries, self.metadata = _read_header(descriptor, self.path)
+        return entries
 
 
 class SafetensorsWriter:

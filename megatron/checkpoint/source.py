@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
 import yaml
@@ -27,6 +26,7 @@ from megatron.checkpoint.huggingface import (
     SINGLE,
     index_huggingface,
     is_huggingface,
+    open_file,
     read_config,
     with_prefix,
 )
@@ -45,9 +45,8 @@ from megatron.checkpoint.native import (
     step_of,
 )
 from megatron.checkpoint.peft import ADAPTER_CONFIG, StoredAdapter, is_peft, read_peft
-from megatron.checkpoint.safetensors_file import SafetensorsReader
 from megatron.checkpoint.strided import Entry
-from megatron.checkpoint.torch_file import SUFFIXES, TorchReader
+from megatron.checkpoint.tensor_file import TensorReader
 from megatron.model.families import FAMILIES
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
@@ -57,25 +56,6 @@ _OPEN_FILES = 128  # a process may hold about a thousand, and a checkpoint of ma
 
 
 Format = Literal["huggingface", "native", "meta", "megatron-llm", "peft"]
-
-
-class Reader(Protocol):
-    """An open file of tensors."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def entries(self) -> Mapping[str, Entry]: ...
-
-    def read_entry(self, entry: Entry, slices: Sequence[slice] | None, out: torch.Tensor) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def open_file(path: Path) -> Reader:
-    """Open a file of tensors of whichever kind its name tells; raises CheckpointError."""
-    return TorchReader(path) if path.suffix in SUFFIXES else SafetensorsReader(path)
 
 
 def _seen(piece: StoredPiece, entry: Entry) -> Entry:
@@ -113,7 +93,7 @@ class Source:
         self.run_config: dict[str, Any] | None = None if manifest is None else _read_run_config(folder / RUN_CONFIG)
         self.state = manifest.state if manifest is not None else state
         self.adapter = adapter
-        self._readers: OrderedDict[str, Reader] = OrderedDict()
+        self._readers: OrderedDict[str, TensorReader] = OrderedDict()
 
     @property
     def parts(self) -> list[Source]:
@@ -194,7 +174,7 @@ class Source:
             raise CheckpointError(f"{self.folder} has no {kind} of {name}{held}.")
         return stored
 
-    def _reader(self, piece: StoredPiece) -> Reader:
+    def _reader(self, piece: StoredPiece) -> TensorReader:
         """The open file of a piece, the least recently used one being closed for it where there are too many."""
         reader = self._readers.pop(piece.file, None)
         if reader is None:

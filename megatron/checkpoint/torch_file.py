@@ -10,15 +10,15 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import torch
 
 from megatron.checkpoint.pickled import StorageRef, TensorRef, UnreadableError, read_pickle
-from megatron.checkpoint.strided import BLOCK_BYTES, Entry, read_entry
+from megatron.checkpoint.strided import BLOCK_BYTES, Entry
+from megatron.checkpoint.tensor_file import TensorReader
 from megatron.utils.errors import CheckpointError
 
 SUFFIXES = (".bin", ".pt", ".pth")
@@ -30,43 +30,15 @@ _CONTAINER_LIMIT = 10**6
 _DEPTH_LIMIT = 64
 
 
-class TorchReader:
+class TorchReader(TensorReader):
     """The tensors of one file by their path in its nested containers, joined by "/"; `content` is all of it.
 
-    Use it as a context manager, or call `close`.
+    Opening a hostile file raises CheckpointError as opening a damaged one does.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open the file and read all but its numbers; raises CheckpointError for a damaged or a hostile file."""
-        self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be opened ({error.strerror}).") from error
-        try:
-            self.content, self.entries = _read(self._descriptor, path)
-        except BaseException:
-            self.close()
-            raise
-
-    def read(self, name: str, slices: Sequence[slice] | None, out: torch.Tensor) -> None:
-        """Fill `out` with the rectangle `slices` (None: everything) of a tensor, cast to the dtype of `out`."""
-        self.read_entry(self.entries[name], slices, out)
-
-    def read_entry(self, entry: Entry, slices: Sequence[slice] | None, out: torch.Tensor) -> None:
-        """The same for an entry that may see a stored tensor in another shape."""
-        read_entry(self._descriptor, self.path, entry, slices, out)
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+    def _find_tensors(self, descriptor: int) -> Mapping[str, Entry]:
+        self.content, entries = _read(descriptor, self.path)
+        return entries
 
 
 def is_damaged(path: Path) -> bool:

@@ -19,13 +19,14 @@ from megatron.data.dataset import ENDLESS
 from megatron.data.explain import line_of
 from megatron.data.instruction.order import Order
 from megatron.data.instruction.packing import Packing, window_for
-from megatron.data.instruction.pair import ConversationPair, Role, spread, text_prefix
+from megatron.data.instruction.pair import ConversationPair, Filled, Role, text_prefix
 from megatron.data.loader import MicroBatch
 from megatron.data.provenance import read_provenance
 from megatron.kernels.runs import Documents
 from megatron.model.loss import IGNORED
 from megatron.utils.errors import DataError
 
+_NO_ROLE = max(Role) + 1  # of padding
 _LENGTH_UNIT = 16  # of which the lengths of padded rows are multiples, as Megatron-LLM's are
 
 
@@ -105,16 +106,10 @@ class InstructionDataset:
         widths = self.lengths(indices)
         bounds = np.append(0, np.cumsum(widths * indices.shape[1]))  # of each micro-batch among all tokens
         placed = self._place(indices, widths)
-        tokens, labels = np.zeros(bounds[-1], dtype=np.int64), np.full(bounds[-1], IGNORED, dtype=np.int64)
-        weights = np.zeros(bounds[-1], dtype=np.float32)
-        for member in np.unique(placed.members).tolist():
-            here = placed.members == member
-            sequences, inputs = placed.sequences[here], placed.inputs[here]
-            read, following, roles = self._read(self._pairs[member], sequences, inputs)
-            weighed = self._weights(following, roles)
-            at = spread(placed.begins[here], inputs)
-            tokens[at], labels[at], weights[at] = read, np.where(weighed == 0, IGNORED, following), weighed
-        starts = None if self._packing is None else placed.starts(widths)
+        filled = self._fill(placed, int(bounds[-1]))
+        weights = self._weights(filled)
+        np.putmask(filled.labels, weights == 0, IGNORED)
+        starts = None if self._packing is None else placed.starts()
         found = []
         for begin, end, most in zip(bounds[:-1].tolist(), bounds[1:].tolist(), placed.most.tolist(), strict=True):
 
@@ -122,7 +117,7 @@ class InstructionDataset:
                 return torch.from_numpy(flat[part].reshape(indices.shape[1], -1))
 
             documents = None if starts is None else Documents(rows(starts), most)
-            found.append(MicroBatch(rows(tokens), rows(labels), documents, rows(weights)))
+            found.append(MicroBatch(rows(filled.tokens), rows(filled.labels), documents, rows(weights)))
         return found
 
     def _place(self, indices: NDArray[np.int64], widths: NDArray[np.int64]) -> _Placed:
@@ -135,10 +130,27 @@ class InstructionDataset:
         before = np.append(0, np.cumsum(inputs))
         row_ends = np.cumsum(counts)
         row_widths = np.repeat(widths, indices.shape[1])
+        row_begins = np.cumsum(row_widths) - row_widths
         columns = before[:-1] - np.repeat(before[row_ends - counts], counts)
-        begins = columns + np.repeat(np.cumsum(row_widths) - row_widths, counts)
+        begins = columns + np.repeat(row_begins, counts)
+        padding = row_widths - (before[row_ends] - before[row_ends - counts])
         most = 1 + counts.reshape(indices.shape).max(axis=1)
-        return _Placed(members, sequences, inputs, columns, begins, before[row_ends] - before[row_ends - counts], most)
+        return _Placed(members, sequences, inputs, columns, begins, row_ends, padding, row_widths, most)
+
+    def _fill(self, placed: _Placed, size: int) -> Filled:
+        """The tokens, labels and roles of conversations, and where there are none 0, 0 and `_NO_ROLE`."""
+        tokens, labels = np.zeros((2, size), dtype=np.int64)
+        out = Filled(tokens, labels, np.full(size, _NO_ROLE, dtype=np.int64))
+        for member in np.unique(placed.members).tolist():
+            here = placed.members == member
+            sequences = placed.sequences[here]
+            low, high, lowest_role, highest_role = self._pairs[member].fill(
+                sequences, placed.inputs[here], placed.begins[here], out
+            )
+            if low < 0 or high >= self._vocab_size or lowest_role < 0 or highest_role > max(Role):
+                for sequence in sequences.tolist():  # one of them is to be named
+                    self._check(self._pairs[member], sequence)
+        return out
 
     def source(self, index: int) -> str:
         """Where a row comes from, in words for an error message."""
@@ -159,19 +171,6 @@ class InstructionDataset:
             sizes[here] = self._pairs[member].sizes[sequences[here]]
         return np.clip(sizes - 1, 0, self._batching.sequence_length)
 
-    def _read(
-        self, pair: ConversationPair, sequences: NDArray[np.int64], inputs: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.integer]]:
-        """The inputs of conversations back to back, the labels of these and the roles of the labels, all checked."""
-        tokens, labels, roles = pair.read_many(sequences, inputs)
-        if not len(tokens):
-            return tokens, labels, roles
-        low, high = min(tokens.min(), labels.min()), max(tokens.max(), labels.max())
-        if low < 0 or high >= self._vocab_size or roles.min() < 0 or roles.max() > max(Role):
-            for sequence in sequences.tolist():  # one of them is to be named
-                self._check(pair, sequence)
-        return tokens, labels, roles
-
     def _check(self, pair: ConversationPair, sequence: int) -> None:
         tokens, _ = pair.read(sequence, self._batching.sequence_length + 1)
         if len(tokens) and tokens.max() >= self._vocab_size:
@@ -180,35 +179,36 @@ class InstructionDataset:
                 f"{self._vocab_size} (0 … {self._vocab_size - 1}); use data made with this model's tokenizer"
             )
 
-    def _weights(self, labels: NDArray[np.int64], roles: NDArray[np.integer]) -> NDArray[np.float32]:
-        of_roles = np.full(len(Role), self._batching.prompt_loss_weight, dtype=np.float32)
-        of_roles[Role.ASSISTANT] = 1.0
-        weights = of_roles[roles]
+    def _weights(self, filled: Filled) -> NDArray[np.float32]:
+        of_roles = np.full(_NO_ROLE + 1, self._batching.prompt_loss_weight, dtype=np.float32)
+        of_roles[Role.ASSISTANT], of_roles[_NO_ROLE] = 1.0, 0.0
+        weights: NDArray[np.float32] = of_roles.take(filled.roles)
         if self._batching.pad_token_id is not None:
-            weights[labels == self._batching.pad_token_id] = 0.0
+            weights[filled.labels == self._batching.pad_token_id] = 0.0
         return weights
 
 
 @dataclass(frozen=True)
 class _Placed:
     """Conversations in micro-batches: of each the member and which of its pair's, the number of its inputs, at which
-    column of its row it begins and where among the tokens of all micro-batches; of each row how many tokens it has
-    before its padding; of each micro-batch `most`, the most parts that a row of it has."""
+    column of its row it begins and where among the tokens of all micro-batches; of each row how many conversations come
+    before its end, how many tokens of padding it has, and its width; of each micro-batch `most`, the most parts that a
+    row of it has."""
 
     members: NDArray[np.int64]
     sequences: NDArray[np.int64]
     inputs: NDArray[np.int64]
     columns: NDArray[np.int64]
     begins: NDArray[np.int64]
-    filled: NDArray[np.int64]
+    row_ends: NDArray[np.int64]
+    padding: NDArray[np.int64]
+    row_widths: NDArray[np.int64]
     most: NDArray[np.int64]
 
-    def starts(self, widths: NDArray[np.int64]) -> NDArray[np.int32]:
+    def starts(self) -> NDArray[np.int32]:
         """Of each token the column where its conversation begins. Padding keeps to itself."""
-        row_widths = np.repeat(widths, len(self.filled) // len(widths))
-        starts = np.repeat(self.filled.astype(np.int32), row_widths)
-        starts[spread(self.begins, self.inputs)] = np.repeat(self.columns.astype(np.int32), self.inputs)
-        return starts
+        columns = np.insert(self.columns, self.row_ends, self.row_widths - self.padding)
+        return np.repeat(columns.astype(np.int32), np.insert(self.inputs, self.row_ends, self.padding))
 
 
 def _source(pair: ConversationPair, sequence: int) -> str:

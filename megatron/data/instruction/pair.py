@@ -6,12 +6,14 @@ names and every check on them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.data import native
 from megatron.data.indexed import IndexedReader, clean_prefix, dtype_for_vocabulary, pair_paths, require_pair
 from megatron.utils.errors import DataError
 
@@ -28,6 +30,15 @@ class Role(IntEnum):
 
 
 ROLE_DTYPE = dtype_for_vocabulary(_ROLE_VOCABULARY)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Tokens, what follows each, and the role of that: i64, all of one length."""
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    roles: NDArray[np.int64]
 
 
 def text_prefix(prefix: str) -> str:
@@ -77,29 +88,31 @@ class ConversationPair:
             )
         return tokens, roles
 
-    def read_many(
-        self, sequences: NDArray[np.int64], inputs: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.integer]]:
-        """Of each of these conversations, back to back: its first tokens, as many as `inputs` says; those that follow
-        these; and the roles of the latter. There must be so many; nothing else is checked, as `read` does."""
+    def fill(
+        self, sequences: NDArray[np.int64], inputs: NDArray[np.int64], at: NDArray[np.int64], out: Filled
+    ) -> tuple[int, int, int, int]:
+        """Of each of these conversations its first tokens, as many as `inputs` says, those that follow these, and the
+        roles of the latter, into `out` from the places `at` on. There must be so many.
+
+        The lowest and highest of the tokens, and those of the roles; 0 and -1 where there are none.
+        """
+        some = np.flatnonzero(inputs)
+        lengths, at, rows = inputs[some], at[some], np.zeros(len(some), dtype=np.int64)
+        begins = self._text.pointers.view(np.ndarray)[sequences[some]] // self._text.dtype.itemsize
+        # Sequences lie back to back in both files, so they are at the same places.
         text, role = (one.read_stream(0, self.num_tokens).view(np.ndarray) for one in (self._text, self._role))
-        begins = self._text.pointers.view(np.ndarray)[sequences] // self._text.dtype.itemsize
-        places = spread(begins, inputs)
-        tokens = text[places].astype(np.int64)
-        places += 1  # sequences lie back to back in both files, so they are at the same places
-        return tokens, text[places].astype(np.int64), role[places]
+        unused = np.empty_like(out.tokens)[None]  # what `split` makes of the token behind each is of no use here
+        low, high = native.split(text, begins, rows, at, lengths, out.tokens[None], unused)
+        lower, higher = native.split(text, begins + 1, rows, at, lengths, out.labels[None], unused)
+        return (
+            min(low, lower),
+            max(high, higher),
+            *native.split(role, begins + 1, rows, at, lengths, out.roles[None], unused),
+        )
 
     def source(self, sequence: int) -> str:
         """Where a conversation is, in words for an error message."""
         return f"{self._text.bin_path} (sequence {sequence})"
-
-
-def spread(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The numbers of runs, one after the other: run k is `lengths[k]` numbers from `begins[k]` on."""
-    ends = np.cumsum(lengths)
-    numbers = np.repeat(begins - (ends - lengths), lengths)
-    numbers += np.arange(len(numbers))
-    return numbers
 
 
 def holds_conversations(prefix: str) -> bool:

@@ -179,6 +179,12 @@ def test_a_token_outside_the_vocabulary_is_named(make_conversations: MakeConvers
     assert "sequence 1" in dataset.source(1)
 
 
+def test_a_role_that_is_none_is_named(make_conversations: MakeConversations) -> None:
+    prefix = make_conversations([([1, 2], [1, 2]), ([3, 4, 5], [1, 7, 2])])
+    with pytest.raises(DataError, match=r"orca-role.bin, sequence 1, token 1 has the role 7; roles are 0 \(system\)"):
+        dataset_of(prefix, Batching(8, True)).micro_batches(np.array([[0]]))
+
+
 @pytest.mark.parametrize("conversations", [[], [([], [])], [([4], [2])]])
 @pytest.mark.parametrize("packing", [False, True])
 def test_data_without_a_prediction_are_refused(

@@ -128,6 +128,8 @@ def _ledger(arguments: argparse.Namespace) -> int:
         print(json.dumps({"step": step, "samples": samples, "sources": [asdict(account) for account in accounts]}))
         return 0
     print(f"{'' if step is None else f'after step {step:,}: '}{samples:,} samples")
+    if not accounts:
+        print("which source they were of is accounted for where the data are token streams only")
     for account in accounts:
         print(f"{account.tokens:>20,} tokens  {account.epochs:>9.4f} epochs  {account.prefix}")
     return 0

@@ -55,8 +55,9 @@ def provenance_path(prefix: str | Path) -> Path:
 
 
 def provenance_text(provenance: Provenance) -> str:
-    """What `PREFIX.json` holds."""
-    return json.dumps(asdict(provenance), indent=2, ensure_ascii=False) + "\n"
+    """What `PREFIX.json` holds, in UTF-8 with a name of a file that is not escaped as Python writes it."""
+    text = json.dumps(asdict(provenance), indent=2, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def write_provenance(prefix: str | Path, provenance: Provenance) -> None:

@@ -61,5 +61,10 @@ def sample_documents(
         low, high = reader.document_index[number : number + 2].tolist()
         tokens = [token for sequence in range(low, high) for token in reader.read(sequence).tolist()]
         shown = tokens[:most_tokens]
+        if decoder is not None and (strange := [one for one in shown if not 0 <= one < decoder.vocab_size]):
+            raise DataError(
+                f"document {number:,} of {prefix} holds the token {strange[0]}, which {tokenizer} does not have (of "
+                f"{decoder.vocab_size:,}): name the tokenizer that it was made with, or copy a damaged pair again"
+            )
         text = " ".join(map(str, shown)) if decoder is None else decoder.decode(shown)
         yield Document(number, len(tokens), text, len(shown) < len(tokens), line_of(provenance, number))

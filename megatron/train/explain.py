@@ -25,6 +25,8 @@ from megatron.train.checkpoints import check_resume
 from megatron.train.datasets import describe_order, training_dataset
 from megatron.utils.errors import ConfigError
 
+_MOST_SAMPLES = 10**15
+
 
 @dataclass(frozen=True)
 class Row:
@@ -105,6 +107,8 @@ def ledger_after(
     _check_checkpoint(config, plan, position_is_known=position is not None)
     position = plan.ramp.position_after(step) if position is None else position
     dataset = _dataset(config, plan, model)
+    if position > len(dataset):
+        raise ConfigError(f"--position {position} is behind the end of the data, which have {len(dataset):,} samples")
     return position, [] if isinstance(dataset, MicroBatchDataset) else ledger(dataset, position)
 
 
@@ -176,6 +180,8 @@ def _check_step(config: RunConfig, step: int, first: int) -> None:
 def _check_position(position: int | None) -> None:
     if position is not None and position < 0:
         raise ConfigError(f"--position {position} is negative; samples are counted from 0")
+    if position is not None and position > _MOST_SAMPLES:
+        raise ConfigError(f"--position {position} is more samples than any run reads; use {_MOST_SAMPLES} or fewer")
 
 
 def _newest(config: RunConfig) -> Path | None:

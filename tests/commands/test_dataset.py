@@ -61,6 +61,11 @@ def test_another_tokenizer_is_noticed(prefix: str, tmp_path: Path, capsys: pytes
     tokenizer = str(Path(__file__).parents[3] / "shared/data/stories260K-untied")
     assert main(["dataset", "sample", prefix, "--tokenizer", tokenizer]) == 2
     assert "was made with another tokenizer" in capsys.readouterr().err
+    Path(prefix + ".json").unlink()
+    content = Path(prefix + ".bin").read_bytes()
+    Path(prefix + ".bin").write_bytes(b"\xff\xff" + content[2:])
+    assert main(["dataset", "sample", prefix, "--first", "0", "--tokenizer", tokenizer]) == 2
+    assert "document 0 of" in (said := capsys.readouterr().err) and "holds the token 65535, which" in said
 
 
 def test_a_step_is_traced_to_the_lines_of_the_text(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +109,8 @@ def test_the_ledger_of_a_run(prefix: str, capsys: pytest.CaptureFixture[str]) ->
         (["--step", "4", "--train.steps", "3"], "steps of the run are 0 to 3"),
         (["--step", "-1"], "there is no step -1"),
         (["--position", "-1"], "--position -1 is negative"),
+        (["--position", "99999"], "--position 99999 is behind the end of the data"),
+        (["--position", str(10**30)], "is more samples than any run reads"),
         (["--position", "1", "--step", "1"], "give one of them"),
     ):
         assert main(["dataset", "ledger", *words, *wrong]) == 2

@@ -108,6 +108,10 @@ def test_parquet_that_cannot_be_read_is_named(options: PreprocessOptions, tmp_pa
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"a.parquet cannot be read as parquet after row \d+"):
             preprocess(replace(options, inputs=(file,)))
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), file)
+    with pytest.raises(DataError, match="has several columns 'text'; rename all but one"):
+        preprocess(replace(options, inputs=(file,)))
 
 
 def test_on_a_terminal_one_line_is_updated(options: PreprocessOptions, tmp_path: Path) -> None:

@@ -324,6 +324,22 @@ def test_what_cannot_work_is_refused_before_the_work(
     assert written(options) == []
 
 
+def test_a_folder_where_the_pair_is_to_be_is_refused_before_the_work(
+    options: PreprocessOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "read_chunks", lambda *_: pytest.fail("the work was begun"))
+    Path(f"{options.output_prefix}_text_document.idx").mkdir()
+    with pytest.raises(DataError, match=r"p_text_document.idx is a folder"):
+        preprocess(options)
+
+
+def test_a_name_that_is_not_utf8_is_kept(options: PreprocessOptions, tmp_path: Path) -> None:
+    corpus = options.inputs[0].rename(tmp_path / os.fsdecode(b"c\xff.jsonl"))
+    preprocess(replace(options, inputs=(corpus,)))
+    provenance = read_provenance(f"{options.output_prefix}_text_document")
+    assert provenance is not None and source_line(provenance, 0) == (str(corpus), 1)
+
+
 def test_the_same_file_twice_is_refused(options: PreprocessOptions, tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(options.inputs[0])
     with pytest.raises(ConfigError, match=r"same file twice .*corpus.jsonl and .*link.jsonl"):

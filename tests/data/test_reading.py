@@ -242,6 +242,9 @@ def test_standard_input_is_read_once_packed_or_not(monkeypatch: pytest.MonkeyPat
         (source,) = find_sources(["-"])
         assert (source.file, source.is_stream) == (STANDARD_INPUT, True)
         assert texts_of(read_all(source)) == [(1, "a"), (2, "b")]
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="standard input is closed"):
+        read_all(find_sources(["-"])[0])
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"PAR1....")))
     with pytest.raises(DataError, match="standard input holds parquet"):
         read_all(find_sources(["-"])[0])
@@ -272,6 +275,8 @@ def test_folders_and_patterns_are_sorted_and_hold_inputs_only(tmp_path: Path) ->
     assert names == ["b.jsonl", "z.jsonl"]
     with pytest.raises(DataError, match=r"\(no file matches\).*\(not there\)"):
         find_sources([str(tmp_path / "*.csv"), tmp_path / "gone"])
+    with pytest.raises(DataError, match="File name too long"):
+        find_sources(["x" * 300])
     with pytest.raises(DataError, match=r"no \.jsonl"):
         (tmp_path / "empty").mkdir()
         find_sources([tmp_path / "empty"])

@@ -52,6 +52,9 @@ class IndexedWriter:
         self.dtype = np.dtype(dtype)
         assert self.dtype in CODES, f"{self.dtype} cannot hold tokens"
         self.bin_path, self.idx_path = pair_paths(self.prefix)
+        for path in (self.bin_path, self.idx_path):
+            if path.is_dir():
+                raise DataError(f"{path} is a folder, where a file of the pair is to be; choose another name")
         ending = f".{secrets.token_hex(4)}.partial" if ending is None else ending
         self.partial_bin = self.bin_path.with_name(self.bin_path.name + ending)
         self.partial_idx = self.idx_path.with_name(self.idx_path.name + ending)

@@ -77,7 +77,10 @@ def find_sources(words: Sequence[str | Path]) -> list[Source]:
         raise ConfigError("--input: one of the names is empty; give files, folders or patterns of them")
     files, missing = [], []
     for word in words:
-        found, problem = _expand(Path(word))
+        try:
+            found, problem = _expand(Path(word))
+        except OSError as error:
+            found, problem = [], f"{word} ({error.strerror or error})"
         files += found
         missing += [problem] if problem else []
     if missing:

@@ -81,6 +81,8 @@ def read_chunks(
 @contextmanager
 def _open(file: Path) -> Iterator[BinaryIO]:
     if file == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise DataError("standard input is closed; pipe something in, or name files with --input")
         yield sys.stdin.buffer
         return
     try:
@@ -190,6 +192,8 @@ def _check_columns(file: Path, schema: Any, keys: Sequence[str], pyarrow: Any) -
                 f"{file} has no column {key!r} (it has {', '.join(map(repr, schema.names[:8]))}); name one with "
                 "--json-keys"
             )
+        if schema.names.count(key) > 1:
+            raise DataError(f"{file} has several columns {key!r}; rename all but one")
         kind = schema.field(key).type
         if pyarrow.types.is_dictionary(kind):
             kind = kind.value_type

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from megatron.__main__ import main as run_verb
 from megatron.config.megatron_llm.table import raise_problems, unknown_flag
-from megatron.tokenizer import gpt2, load_tokenizer, read_extra_tokens
+from megatron.tokenizer import gpt2, load_tokenizer, local_tokenizer, read_extra_tokens
 from megatron.utils.errors import ConfigError, MegatronError
 
 _SENTENCE_PIECE, _GPT2, _FALCON = "SentencePieceTokenizer", "GPT2BPETokenizer", "FalconTokenizer"
@@ -169,13 +169,8 @@ def _gpt2_files(arguments: argparse.Namespace, added: Sequence[str]) -> Path:
 
 
 def _falcon_tokenizer() -> Path:
-    """Falcon's tokenizer.json where the Hugging Face hub's client keeps what it has fetched."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(_FALCON_NAME, "tokenizer.json")
-    if not isinstance(found, str):
-        raise ConfigError(
-            f"--tokenizer_type {_FALCON}: {_FALCON_NAME} is not on this machine; fetch its tokenizer.json "
-            f"(huggingface-cli download {_FALCON_NAME} tokenizer.json) or name it with --vocab_file"
-        )
-    return Path(found)
+    """The folder of Falcon's tokenizer, fetched from the Hugging Face hub where it is not in the cache."""
+    try:
+        return local_tokenizer(f"hf://{_FALCON_NAME}")
+    except ConfigError as error:
+        raise ConfigError(f"--tokenizer_type {_FALCON}: {error}. Or name a tokenizer.json with --vocab_file") from error

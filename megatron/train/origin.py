@@ -24,7 +24,7 @@ from megatron.parallel.world import World
 from megatron.train.adapters import check_kind, open_base, open_first, take_lora
 from megatron.train.verify import describe_damage, find_damage, refuse_damage
 from megatron.utils.errors import CheckpointError, ConfigError
-from megatron.utils.hub import parse_address
+from megatron.utils.hub import parse_address, spelling_hint
 from megatron.utils.units import format_count
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
@@ -239,7 +239,7 @@ def _from_settings(settings: ModelSettings) -> Origin:
     if missing:
         raise ConfigError(
             f"There is no model: give model.init_from (a Hugging Face folder or a checkpoint), or for random weights "
-            f"{', '.join(missing)}, or a preset such as --config tiny."
+            f"{', '.join(missing)}, or a preset such as --config tiny.{spelling_hint(settings.init_from or '')}"
         )
     model = ModelConfig.from_settings(stated)
     return Origin(None, False, model, model.to_huggingface())

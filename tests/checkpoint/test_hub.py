@@ -325,7 +325,12 @@ def test_a_name_without_a_folder_is_answered_with_the_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for words in (["convert", NAME, "x"], ["inspect", NAME], ["evaluate", "--load", NAME, "--data", "x"]):
+    for words in (
+        ["convert", NAME, "x"],
+        ["inspect", NAME],
+        ["evaluate", "--load", NAME, "--data", "x"],
+        ["plan", "--gpus", "1", "--model.init_from", NAME],
+    ):
         assert main(words) == 2
         assert f"write hf://{NAME}" in capsys.readouterr().err
     (tmp_path / "Some").mkdir()

@@ -166,7 +166,7 @@ def peak_bytes_of_first_stage(config: RunConfig, model: ModelConfig, world_size:
     schedule = make_schedule(config.parallel.schedule, stages, plan.micro_batches, config.parallel.chunks)
     few = recorded_micro_batches(plan, config.parallel.chunks)
     record = run_rank(config, plan, model, stage=0, micro_batches=few)
-    memory = _memory(peak_memory(record.recording), live_micro_batches(record.actions), schedule[0])
+    memory = _memory(peak_memory(record.recording, record.first_step), live_micro_batches(record.actions), schedule[0])
     return sum(memory.values()) + _reserved(memory, gpu)
 
 
@@ -189,7 +189,7 @@ def _play(record: RankRecord, costs: Costs) -> _Played:
         seconds[LETTERS[type(action)], action.chunk].append(timeline.seconds(phase.start, phase.end))
     last = record.phase(record.actions[-1]).end
     update_s = timeline.seconds(last, len(record.recording.events))
-    peak = peak_memory(record.recording)
+    peak = peak_memory(record.recording, record.first_step)
     return _Played(record, timeline, peak, live_micro_batches(record.actions), dict(seconds), update_s)
 
 

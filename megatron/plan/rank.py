@@ -32,10 +32,12 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class RankRecord:
-    """What one rank did. `second_step` is the event at which its second step begins."""
+    """What one rank did. Its steps begin at the events `first_step`, before which it is built (a run builds a model
+    without storage), and `second_step`."""
 
     context: ParallelContext
     recording: Recording
+    first_step: int
     second_step: int
     actions: list[Action]
     layers: tuple[int, ...]
@@ -86,12 +88,14 @@ def run_rank(
             install(VendorKernels(attend=eager_causal_attention), step.model)
         _label(recorder, step)
         batch = _batch(config, plan, device)
+        first = len(recording.events)
         step(batch, 1)
         second = len(recording.events)
         step(batch, 2)
     return RankRecord(
         context,
         recording,
+        first,
         second,
         step.actions,
         tuple(len(chunk.blocks) for chunk in step.model.chunks),

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from megatron.config.lora import LoraConfig
 from megatron.config.run import RunConfig
 from megatron.model.config import ModelConfig
 from megatron.model.flops import model_flops_per_token
+from megatron.model.lora import make_lora
+from megatron.model.specs import count_adapters
 from megatron.plan import estimate as module
 from megatron.plan.estimate import estimate, price, record
 from megatron.plan.hardware import load_gpu, load_interconnect
@@ -120,3 +123,22 @@ def test_a_long_schedule_is_its_beginning_drawn_out(parallel: dict[str, Any], mo
     assert len(short.timeline) < len(whole.timeline)
     assert short.step_s == pytest.approx(whole.step_s, rel=1e-3)
     assert short.bubble == pytest.approx(whole.bubble, rel=1e-2)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "zero": 3}], ids=str)
+def test_what_is_not_trained_has_neither_gradients_nor_optimizer_state(parallel: dict[str, Any]) -> None:
+    gpus = 2 * parallel.get("tensor", 1)
+    run = config(precision="bf16", **parallel)
+    adapted = dataclasses.replace(run, lora=LoraConfig(rank=2))
+    plain, found = plan(run, gpus), plan(adapted, gpus)
+    trained = count_adapters(LAYERS, make_lora(adapted.lora, LAYERS))
+    assert trained is not None and trained < LAYERS.num_parameters / 20
+    for before, after in zip(plain.stages, found.stages, strict=True):
+        assert after.memory_bytes["weights"] == pytest.approx(before.memory_bytes["weights"], rel=0.06)
+        # Gradient, master and two moments in float32, of which a rank has at most what one rank alone has.
+        assert 0 < after.memory_bytes["gradients"] <= 4.4 * trained
+        assert 0 < after.memory_bytes["optimizer"] <= 12.3 * trained
+        assert after.memory_bytes["optimizer"] < before.memory_bytes["optimizer"] / 12
+    assert 0.6 < found.hardware_flops / plain.hardware_flops < 0.75
+    assert 0.6 < found.model_flops_causal / plain.model_flops_causal < 0.75
+    assert found.problems == ()

@@ -44,6 +44,15 @@ def test_full_sharding_within_groups_is_certified_too() -> None:
     assert all(mutation.caught for mutation in found.mutations)
 
 
+def test_adapters_are_certified() -> None:
+    found = run("tp=2", "--lora.rank=2", "--lora.targets=[k_proj, down_proj]", "--model.num_hidden_layers=1")
+    assert found.holds and found.largest.value < 1e-12
+    gradients = {deviation.name for deviation in found.deviations if deviation.what == "gradients"}
+    assert len(gradients) == 4 and all(".lora_" in name for name in gradients)
+    with pytest.raises(ConfigError, match="names c_attn, which a layer of model_type=llama has not"):
+        run("tp=2", "--lora.rank=2", "--lora.targets=[c_attn]")
+
+
 def test_a_mutation_that_is_not_noticed_spoils_the_certificate() -> None:
     found = run("pp=2")
     unnoticed = certificate.Mutation(("tp", "all_reduce"), 0.0)

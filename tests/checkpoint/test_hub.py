@@ -86,6 +86,29 @@ def test_what_is_converted_from_the_hub_equals_what_is_converted_from_a_folder(
     assert hub.fetched() == [], "it is in the cache"
 
 
+def test_adapters_come_from_the_hub_and_go_there(model: Path, hub: Hub, tmp_path: Path) -> None:
+    adapter, layer = tmp_path / "adapter", "model.layers.0.self_attn.o_proj"
+    adapter.mkdir()
+    stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": ADDRESS}
+    (adapter / "adapter_config.json").write_text(json.dumps(stated))
+    factors = {"A": torch.ones(2, CONFIG["hidden_size"]), "B": torch.ones(CONFIG["hidden_size"], 2)}
+    save_file(
+        {f"base_model.model.{layer}.lora_{name}.weight": tensor for name, tensor in factors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    hub.publish("Some/adapters", adapter)
+    convert(model, tmp_path / "one", "--adapter", adapter)
+    convert(model, tmp_path / "other", "--adapter", "hf://Some/adapters")
+    convert("hf://Some/adapters", tmp_path / "whole")
+    for folder in ("other", "whole"):
+        assert main(["diff", str(tmp_path / "one"), str(tmp_path / folder)]) == 0
+    assert main(["diff", str(tmp_path / "one"), str(model)]) == 1
+    assert main(["inspect", "hf://Some/adapters"]) == 0
+    upload_model(adapter, Repository("Some/again"), TOKEN)
+    convert(model, tmp_path / "again", "--adapter", "hf://Some/again")
+    assert main(["diff", str(tmp_path / "one"), str(tmp_path / "again")]) == 0
+
+
 @pytest.mark.parametrize("form", ["shards", "bin", "bin shards", "meta", "native", "megatron-llm"])
 def test_every_format_is_fetched_whole(model: Path, hub: Hub, tmp_path: Path, form: str) -> None:
     folder = tmp_path / "published"

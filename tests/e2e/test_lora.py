@@ -1,4 +1,4 @@
-"""Adapters from the command line: trained on two processes, gone on with on one, put into the weights, evaluated."""
+"""Adapters from the command line: trained on two processes, gone on with on one, evaluated with their model."""
 
 from __future__ import annotations
 
@@ -43,11 +43,5 @@ def test_a_run_on_two_ranks_goes_on_on_one(program: Program, random_llama: Mater
         assert other["loss"] == pytest.approx(line["loss"], rel=2e-6)
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)
 
-    program.run(["convert", tmp_path / "save", tmp_path / "adapter", "--to", "peft"])
-    program.run(["convert", tmp_path / "save", tmp_path / "merged"])
-    losses = []
-    for folder in ("save", "adapter", "merged"):
-        measured = program.run(["evaluate", "--load", tmp_path / folder, "--data", random_llama.data])
-        losses.append(json.loads(measured.output)["loss"])
-    assert losses[0] == losses[1] == losses[2]
-    assert abs(losses[0] - whole[-1]["loss"]) < 0.5
+    measured = program.run(["evaluate", "--load", tmp_path / "save", "--data", random_llama.data])
+    assert abs(json.loads(measured.output)["loss"] - whole[-1]["loss"]) < 0.5

@@ -185,7 +185,7 @@ def _stated_dtype(source: Source, dtypes: Mapping[str, torch.dtype], asked: torc
     found = set(dtypes.values())
     if asked is None and (source.state is None or len(found) > 1):
         stated = source.model_config.get("dtype") or source.model_config.get("torch_dtype")
-        if stated is not None:
+        if isinstance(getattr(torch, str(stated), None), torch.dtype):
             return str(stated)
     return str(asked or reduce(torch.promote_types, found)).removeprefix("torch.")
 

@@ -18,6 +18,7 @@ from megatron.checkpoint.tensor_file import TensorReader
 from megatron.checkpoint.torch_file import SUFFIXES, TorchReader
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
+from megatron.utils.files import is_plain_name, parse_json
 
 SINGLE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
@@ -35,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of `config.json`; raises CheckpointError."""
     path = folder / MODEL_CONFIG
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); the weights cannot be used without it."
@@ -129,18 +130,21 @@ def _index_file(folder: Path, file: str) -> dict[str, StoredTensor]:
 def read_weight_map(path: Path) -> dict[str, str]:
     """Tensor -> file by the index of a sharded model. Raises CheckpointError, for names of no plain file too."""
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = parse_json(path.read_bytes())["weight_map"]
         entries = [(str(name), str(file)) for name, file in weight_map.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the index of a sharded model ({error!r}).") from error
-    outside = sorted({file for _, file in entries if Path(file).name != file or file in ("", ".", "..")})
+    outside = sorted({file for _, file in entries if not is_plain_name(file)})
     if outside:
-        raise CheckpointError(
-            f"{path} names files outside its folder ({_some(outside)}): only plain file names are read."
-        )
+        shown = _some([_shown(file) for file in outside])
+        raise CheckpointError(f"{path} names files outside its folder ({shown}): only plain file names are read.")
     if not entries:
         raise CheckpointError(f"{path} lists no tensors.")
     return dict(entries)
+
+
+def _shown(name: str) -> str:
+    return name[:80] if name.isprintable() else repr(name)[:80]
 
 
 def _some(names: list[str]) -> str:

@@ -267,7 +267,7 @@ def _config(
         return config
     try:
         return config_of_arguments(arguments, padded)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"The args in {found.folder} do not describe a model ({error!r}).") from error
 
 

@@ -6,7 +6,6 @@ alone: 1 to 3, Code Llama included.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from megatron.checkpoint.torch_file import TorchReader
 from megatron.model.config import ModelConfig
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError, ConfigError
+from megatron.utils.files import parse_json
 
 PARAMS = "params.json"
 
@@ -131,7 +131,7 @@ def config_of(
             "bos_token_id": 128_000 if vocabulary >= _LLAMA3_VOCABULARY else 1,
             "eos_token_id": 128_001 if vocabulary >= _LLAMA3_VOCABULARY else 2,
         }
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{folder / PARAMS} and its weights do not describe a Llama ({error!r}).") from error
     if hidden < 1 or heads < 1 or hidden % heads:
         raise CheckpointError(f"{folder / PARAMS} says dim={hidden} and n_heads={heads}: heads must divide it.")
@@ -242,7 +242,7 @@ def _files(folder: Path) -> list[tuple[int, str]]:
 
 def _read_params(path: Path) -> dict[str, Any]:
     try:
-        params = json.loads(path.read_bytes())
+        params = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from error
     if not isinstance(params, dict):

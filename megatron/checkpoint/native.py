@@ -24,7 +24,7 @@ from megatron.checkpoint.index import StoredPiece, StoredTensor, collect_index
 from megatron.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
-from megatron.utils.files import checksum_file, fsync_folder, write_atomically
+from megatron.utils.files import checksum_file, fsync_folder, is_plain_name, parse_json, write_atomically
 
 MANIFEST = "checkpoint.json"
 RUN_CONFIG = "config.yaml"
@@ -78,7 +78,7 @@ class Manifest:
         """Where every tensor is; raises CheckpointError. Built when asked for: it can be 200,000 rectangles."""
         try:
             index, problems = collect_index(_parse_pieces(self._tensors, self.files))
-        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, AssertionError) as error:
             raise CheckpointError(f"{self.path} is damaged ({error!r}).") from error
         if problems:
             raise CheckpointError(f"{self.path} does not describe whole tensors: {'; '.join(problems[:5])}.")
@@ -126,8 +126,12 @@ def read_carried(files: Iterable[Path]) -> dict[str, bytes]:
             continue
         try:
             carried[name] = file.read_bytes()
+            if file.suffix == ".json":
+                parse_json(carried[name])
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read ({error.strerror or error}).") from error
+        except ValueError as error:
+            raise CheckpointError(f"{file} is damaged: it is no JSON ({error}). Copy it again or remove it.") from error
     return carried
 
 
@@ -166,7 +170,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check `checkpoint.json` (not the files that it lists); raises CheckpointError."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -178,7 +182,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return Manifest(path, content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}).") from error
 
 
@@ -248,6 +252,6 @@ def _format_index(index: Mapping[str, Mapping[str, StoredTensor]]) -> Iterator[s
 
 def _plain(name: str) -> str:
     """A file name, which must not lead out of the folder."""
-    if Path(name).name != name or name in ("", ".", ".."):
+    if not is_plain_name(name):
         raise ValueError(f"{name!r} is not a plain file name")
     return name

@@ -21,7 +21,7 @@ import torch
 from megatron.checkpoint.strided import Entry, memory_of, pread, row_blocks
 from megatron.checkpoint.tensor_file import TensorReader
 from megatron.utils.errors import CheckpointError
-from megatron.utils.files import new_checksum
+from megatron.utils.files import new_checksum, parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -180,7 +180,7 @@ def _read_header(descriptor: int, path: Path) -> tuple[dict[str, Entry], dict[st
     text = bytearray(length)
     pread(descriptor, path, 8, memoryview(text))
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        header = parse_json(text.decode(), object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", None) or {}
         entries = {name: _parse_entry(name, value, 8 + length) for name, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from megatron.tokenizer.load import named_token
+from megatron.tokenizer.load import named_token, read_json
 from megatron.utils.errors import DataError
 from megatron.utils.files import write_atomically
 from megatron.utils.logging import get_logger
@@ -43,14 +43,15 @@ def complete_ids(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def write_generation(folder: Path, config: Mapping[str, Any], *, anew: bool = False) -> None:
     """Write `generation_config.json` with the ids of a `config.json`, where there is none; with `anew` into the one
-    that is there as well."""
+    that is there as well (raises DataError where that cannot be read)."""
     path = folder / GENERATION
     if path.exists() and not anew:
         return
-    held = json.loads(path.read_bytes()) if path.exists() else {}
+    held = read_json(path)
     ids = {f"{name}_token_id": config.get(f"{name}_token_id") for name in _NAMES}
     content = {**held, **{key: identity for key, identity in ids.items() if identity is not None}}
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    if content:
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def _open(folder: Path) -> Tokenizer | None:

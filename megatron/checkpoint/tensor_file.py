@@ -14,6 +14,7 @@ import torch
 
 from megatron.checkpoint.strided import Entry, read_entry
 from megatron.utils.errors import CheckpointError
+from megatron.utils.files import open_to_read
 
 
 class TensorReader(ABC):
@@ -23,7 +24,7 @@ class TensorReader(ABC):
         """Open the file and read all but its numbers; raises CheckpointError for a missing or damaged one."""
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = open_to_read(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be opened ({error.strerror}).") from error
         try:

@@ -18,6 +18,9 @@ from megatron.utils.errors import ConfigError
 
 # Matrix products with odd extents (a vocabulary of 32,017) run several times slower on tensor cores.
 _VOCAB_SHARE_MULTIPLE = 64
+# Past these a configuration is damaged, and would take all memory before anything else shows it.
+_LARGEST = 2**31 - 1
+_MOST = {"num_hidden_layers": 100_000}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class ModelConfig:
             f"{name}={value} must be positive"
             for name, value in values.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0
+        ]
+        problems += [
+            f"{name}={value} is more than {largest:,}"
+            for name, value, largest in ((name, values[name], _MOST.get(name, _LARGEST)) for name in values)
+            if isinstance(value, int) and value > largest
         ]
         if not problems and self.num_attention_heads % self.num_key_value_heads:
             problems.append(

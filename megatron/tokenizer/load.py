@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from megatron.tokenizer.backends import HuggingFaceBackend, SentencePieceBackend
 from megatron.tokenizer.forms import Form
 from megatron.tokenizer.tokenizer import Backend, Tokenizer
 from megatron.utils.errors import ConfigError, DataError
+from megatron.utils.files import parse_json
 from megatron.utils.hub import fetch, parse_address, spelling_hint
 
 MODEL = "tokenizer.model"
@@ -168,7 +168,7 @@ def _text(token: Any) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, an empty one where there is no file. Raises DataError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -6,10 +6,14 @@ It must not know what the files hold.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import secrets
+import stat
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -37,6 +41,32 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def open_to_read(path: Path) -> int:
+    """The descriptor of a file. Raises OSError, also for what is no file: a pipe would be waited for without end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file")
+    return descriptor
+
+
+def parse_json(content: str | bytes | bytearray, **options: Any) -> Any:
+    """What a JSON text of a stranger says. Raises ValueError for one that is none, or too deep to be read."""
+    try:
+        return json.loads(content, **options)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether this names a file of the folder in which it stands, and can be one's name."""
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
+    return Path(name).name == name and name not in ("", ".", "..") and "\0" not in name and length < 256
 
 
 def fsync_file(path: Path) -> None:

@@ -4,6 +4,7 @@ be checked without them."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -123,29 +124,22 @@ def check_shapes(kind: str, config: dict[str, Any], tensors: dict[str, torch.Ten
 def check_ids(folder: Path, config: dict[str, Any]) -> None:
     """gguf's SpecialVocab raises for an id below 0 and leaves out one past the vocabulary; vLLM ends a text where
     `generation_config.json` says."""
-    generation = json.loads((folder / "generation_config.json").read_text())
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.exists() else {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         stated = config.get(key)
         ids = [] if stated is None else stated if isinstance(stated, list) else [stated]
         assert all(0 <= identity < config["vocab_size"] for identity in ids)
         assert generation.get(key) == stated
-    GenerationConfig.from_pretrained(folder)
+    if generation:
+        GenerationConfig.from_pretrained(folder)
 
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
-SOME = [
-    "llama, scaled angles",
-    "mistral, window",
-    "qwen2, scaled angles",
-    "qwen3, heads of another size",
-    "falcon, 7B",
-    "falcon, 40B, a head of its own, wide",
-    "falcon, RefinedWeb",
-    "gpt_neox, Pythia",
-]
+SOME = ["llama, scaled angles", "qwen3, heads of another size", "falcon, 7B", "gpt_neox, Pythia"]
 
 
-@pytest.mark.parametrize("name", [*SOME, "gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", *(ZOO if os.environ.get("THOROUGH") else SOME)])
 def test_an_export_of_each_family(name: str, tmp_path: Path) -> None:
     """From what transformers saves now, which says less than older readers look for."""
     kind, fields = ("gpt2", GPT2) if name == "gpt2" else ZOO[name]

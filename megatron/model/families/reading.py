@@ -19,10 +19,26 @@ ACTIVATIONS = {
 }
 
 
+# What need not be whole among the numbers.
+_REAL = frozenset(
+    {
+        "rms_norm_eps",
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "rope_theta",
+        "rotary_emb_base",
+        "rotary_pct",
+        "initializer_range",
+    }
+)
+_LARGEST = 2.0**53  # up to which every whole number is a float
+
+
 def check_kinds(
     config: Mapping[str, Any], *, numbers: Iterable[str], truths: Iterable[str] = (), tables: Iterable[str] = ()
 ) -> None:
     """Raise ConfigError, naming every value that is not of the kind that its name asks for."""
+    numbers = tuple(numbers)
     kinds: dict[str, tuple[type, ...]] = dict.fromkeys(numbers, (int, float))
     kinds |= dict.fromkeys(truths, (bool,)) | dict.fromkeys(tables, (dict,))
     wrong = [
@@ -30,8 +46,17 @@ def check_kinds(
         for name, kind in kinds.items()
         if config.get(name) is not None and type(config[name]) not in kind
     ]
+    wrong += [
+        f"{name}={str(config[name])[:40]}"
+        for name in numbers
+        if type(config.get(name)) in (int, float) and not _is_sound(config[name], name in _REAL)
+    ]
     if wrong:
         raise ConfigError(f"config.json holds values of the wrong kind: {', '.join(wrong)}.")
+
+
+def _is_sound(number: float, real: bool) -> bool:
+    return -_LARGEST <= number <= _LARGEST and (real or number == int(number))
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -81,8 +106,15 @@ def rotary_base(config: Mapping[str, Any], older: str = "rope_theta") -> float:
     stated = {older: config.get(older), "rope_theta": config.get("rope_theta")}
     for name in ("rope_parameters", "rope_scaling"):
         stated[f"{name}.rope_theta"] = (config.get(name) or {}).get("rope_theta")
-    found = {name: float(base) for name, base in stated.items() if base is not None}
+    found = {name: base for name, base in stated.items() if base is not None}
+    wrong = [f"{name}={str(base)[:40]}" for name, base in found.items() if not _is_base(base)]
+    if wrong:
+        raise ConfigError(f"config.json holds a rotary base that is no positive number: {', '.join(wrong)}.")
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{name}={base}" for name, base in found.items())
         raise ConfigError(f"config.json contradicts itself: {listed}; remove the wrong one.")
-    return next(iter(found.values()), 10000.0)
+    return float(next(iter(found.values()), 10000.0))
+
+
+def _is_base(value: object) -> bool:
+    return type(value) in (int, float) and isinstance(value, (int, float)) and 0 < value <= _LARGEST

@@ -15,6 +15,7 @@ from megatron.utils.errors import ConfigError
 Kind = Literal["linear", "dynamic", "llama3", "yarn"]
 
 _KINDS: tuple[str, ...] = get_args(Kind)
+_LARGEST = 2.0**53  # up to which every whole number is a float
 _PLACES = ("rope_scaling", "rope_parameters")
 # Of each kind: what must be there, and what may be. All are numbers but `truncate`.
 _NEEDED = {
@@ -131,7 +132,7 @@ def _value_problems(config: Mapping[str, Any], place: str, kind: str, table: Map
     for name in (*_NEEDED[kind], *_OPTIONAL[kind]):
         value = table.get(name)
         wanted = (bool,) if name == "truncate" else (int, float)
-        if value is not None and (type(value) not in wanted or not (name == "truncate" or value > 0)):
+        if value is not None and (type(value) not in wanted or not (name == "truncate" or 0 < value < _LARGEST)):
             yield f"{place}.{name}={value!r} (only {'true or false' if name == 'truncate' else 'a positive number'})"
             return
     low, high = table.get("low_freq_factor"), table.get("high_freq_factor")

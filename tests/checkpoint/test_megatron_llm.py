@@ -252,7 +252,7 @@ FAULTS = {
     ),
     "no iteration": (
         lambda f: (f.parent / "latest_checkpointed_iteration.txt").write_text("7"),
-        "iter_0000007 holds no",
+        "iter_0000007, which holds no",
     ),
     "nonsense": (lambda f: (f.parent / "latest_checkpointed_iteration.txt").write_text("../x"), "neither an iteration"),
     "old": (lambda f: _rewrite(f, checkpoint_version=1.0), "checkpoint_version 1.0: before 2"),

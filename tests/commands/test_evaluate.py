@@ -38,7 +38,7 @@ def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "No sign of harm, and no fever.",
         "A day in the ward will do, and then some more of it.",
     ]
-    rows = [{"q": f"What helps patient {number}?" * (1 + number % 3), "a": answers[number % 3]} for number in range(20)]
+    rows = [{"q": f"What helps patient {number}?" * (1 + number % 3), "a": answers[number % 3]} for number in range(14)]
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--input", folder / "in.jsonl", "--tokenizer", shared / "data/stories260K-untied", "--workers", 1]
     chat = ["--chat", "--chat-template", "megatron-llm", "--question-key", "q", "--answer-key", "a"]
@@ -46,7 +46,8 @@ def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["preprocess", *map(str, [*words, *chat])]) == 0
     assert main(["preprocess", *map(str, [*words, "--json-keys", "q", "a", "--output-prefix", folder / "p"])]) == 0
     train = {
-        "model.vocab_size": 514, "tokenizer.path": shared / "data/stories260K-untied", "data.kind": "instruction",
+        "model.vocab_size": 514, "model.num_hidden_layers": 1, "train.global_batch": 2,
+        "tokenizer.path": shared / "data/stories260K-untied", "data.kind": "instruction",
         "data.train": folder / "talks", "data.split": SPLIT, "data.seed": SEED, "data.prompt_loss_weight": 0.25,
         "data.sequence_length": 64, "train.steps": 1, "optimizer.warmup_steps": 0, "train.precision": "fp64",
         "checkpoint.save": folder / "save", "evaluate.metrics": "[instruct_accuracy]",

@@ -113,7 +113,7 @@ class Tally:
         self._metrics = {name: METRICS[name] for name in names}
         assert markers is not None or not any(found.needs_markers for found in self._metrics.values()), names
         self._markers, self._cp = markers, cp
-        self.sums = torch.zeros(2 * len(names), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2 * len(self._metrics), dtype=torch.float64, device=device)
 
     def round(self, batches: Sequence[MicroBatch], left: int, stride: int) -> Measure:
         """What adds up the predictions for these micro-batches, each `stride` rows of the data behind the one before.

@@ -113,7 +113,7 @@ def conversations(prefix: Path, part: int | None, prompt: float, length: int) ->
 
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_all_conversations_of_a_prefix(run: Run, folder: Path, model: Transformer, packing: str) -> None:
-    words = ["--data", folder / "talks", "--metrics", *METRICS, "--data.packing", packing]
+    words = ["--data", folder / "talks", "--metrics", *METRICS, "accuracy", "--data.packing", packing]
     wanted = expected(model, conversations(folder / "talks", None, 0.0, 128))
     if packing == "true":  # counts are per row
         del wanted["count_loss_mask"], wanted["count_instruct_mask"]

@@ -15,7 +15,7 @@ import torch
 
 from megatron.checkpoint.hub import local_folder
 from megatron.checkpoint.peft import StoredAdapter, is_peft
-from megatron.checkpoint.source import Source, open_peft, open_source, open_stored
+from megatron.checkpoint.source import Source, open_peft, open_stored
 from megatron.checkpoint.strided import BLOCK_BYTES
 from megatron.model.config import ModelConfig
 from megatron.model.families import family_of
@@ -122,9 +122,9 @@ def open_adapter(path: str | Path) -> Source:
     return stored
 
 
-def with_base(stored: Source) -> Source:
-    """The model that adapters make of the one that they were trained on. Raises CheckpointError where it is not there,
-    or is another one."""
+def with_base(stored: Source, above: tuple[Path, ...] = ()) -> Source:
+    """The model that adapters make of the one that they were trained on, which may itself be made by adapters; `above`
+    are the folders of those that are put into this one. Raises CheckpointError where it is not there, or is another."""
     base = adapter_in(stored).base
     if base is None or not (Path(base).is_dir() or parse_address(base)):
         what = "do not say which model they are for" if base is None else f"are for {base}, which is no folder here"
@@ -132,9 +132,11 @@ def with_base(stored: Source) -> Source:
             f"The adapters in {stored.folder} {what}: put them into it with `megatron convert MODEL DST --adapter "
             f"{stored.folder}`, or train them further with model.init_from and lora.init_from."
         )
-    if Path(base).resolve() == stored.folder.resolve():
+    folders = (*above, stored.folder.resolve())
+    under = open_stored(base)
+    if under.folder.resolve() in folders:
         raise CheckpointError(f"The adapters in {stored.folder} say that they are for themselves: {base}.")
-    return AdaptedSource(open_source(base), stored)
+    return AdaptedSource(under if under.adapter is None else with_base(under, folders), stored)
 
 
 def adapter_in(stored: Source) -> StoredAdapter:
@@ -242,6 +244,7 @@ def _read_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if name not in without and not name.endswith(family.buffers)}
 
 
-def base_path(path: str) -> str:
-    """How a checkpoint names the model that it adapts: so that it is found from any working directory."""
-    return os.path.abspath(path) if Path(path).exists() else path
+def base_path(stated: str | None, base: Source) -> str:
+    """How a checkpoint names the model that it adapts: so that it is found from any working directory, and still when
+    the run that saved it goes on. `stated` is how it was named."""
+    return stated if stated is not None and parse_address(stated) else os.path.abspath(base.folder)

@@ -95,5 +95,5 @@ def open_first(folder: Path, base: Source) -> Source:
 
 def adapter_state(lora: Lora, base: Source, config: RunConfig) -> dict[str, Any]:
     """What a checkpoint says of its adapters."""
-    path = base_path(config.model.init_from or str(base.folder))
+    path = base_path(config.model.init_from, base)
     return StoredAdapter(lora.rank, lora.alpha, lora.rslora, path, fingerprint(base)).to_state()

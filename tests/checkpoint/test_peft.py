@@ -198,6 +198,22 @@ def test_a_base_that_is_not_there_is_named(adapter: Path) -> None:
             open_source(adapter)
 
 
+def test_adapters_on_adapters(made: Path, adapter: Path) -> None:
+    """Their model is made by others; in a circle there is none."""
+    upper = adapter.parent / "upper"
+    shutil.copytree(adapter, upper)
+    stated = json.loads((adapter / CONFIG).read_text())
+    (upper / CONFIG).write_text(json.dumps({**stated, "base_model_name_or_path": str(adapter)}))
+    convert(made / "base", upper.parent / "once", adapter=adapter)
+    convert(upper.parent / "once", upper.parent / "twice", to="huggingface", adapter=adapter)
+    convert(upper, upper.parent / "at once")
+    once, twice = (load_file(upper.parent / name / "model.safetensors") for name in ("at once", "twice"))
+    assert all((tensor - twice[name]).abs().max() <= 1e-6 for name, tensor in once.items())
+    (adapter / CONFIG).write_text(json.dumps({**stated, "base_model_name_or_path": str(upper)}))
+    with pytest.raises(CheckpointError, match="say that they are for themselves"):
+        open_source(upper)
+
+
 def test_old_folders_hold_a_pickle(made: Path, adapter: Path) -> None:
     torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
     (adapter / WEIGHTS).unlink()

@@ -105,9 +105,11 @@ def read_peft(folder: Path) -> tuple[StoredAdapter, dict[str, StoredTensor], lis
             f"{folder} is incomplete: it holds {ADAPTER_CONFIG}, but neither {ADAPTER_WEIGHTS} nor {ADAPTER_PICKLE}."
         )
     with open_file(folder / file) as reader:
-        tensors = {}
+        tensors: dict[str, StoredTensor] = {}
         for key, entry in reader.entries.items():
             name = key.removeprefix(PREFIX)
+            if name in tensors:
+                raise CheckpointError(f"{folder / file} holds {name} twice: with {PREFIX} before it and without.")
             piece = StoredPiece(Region.whole(name, entry.shape), entry.dtype, file, key)
             tensors[name] = StoredTensor(entry.shape, (piece,))
     return adapter, tensors, [file]

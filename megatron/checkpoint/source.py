@@ -51,6 +51,9 @@ from megatron.model.families import FAMILIES
 from megatron.parallel.layout import Region
 from megatron.utils.errors import CheckpointError
 from megatron.utils.hub import spelling_hint
+from megatron.utils.logging import get_logger
+
+_logger = get_logger(__name__)
 
 _OPEN_FILES = 128  # a process may hold about a thousand, and a checkpoint of many ranks has more
 
@@ -236,6 +239,8 @@ def open_stored(path: str | Path) -> Source:
             adapter=adapter,
         )
     if is_huggingface(folder):
+        if is_peft(folder):
+            _logger.warning("%s holds adapters beside a model: they are left alone", folder)
         tensors, weight_files = index_huggingface(folder)
         config = read_config(folder)
         family = FAMILIES.get(str(config.get("model_type")))
@@ -279,6 +284,8 @@ def what_makes_it_a_model(folder: Path) -> str | None:
     weights = sorted(path.name for ending in ("*.safetensors", "*.bin") for path in folder.glob(ending))
     if weights and (folder / MODEL_CONFIG).is_file():
         return weights[0]
+    if is_peft(folder):
+        return ADAPTER_CONFIG
     return PARAMS if is_meta(folder) else None
 
 

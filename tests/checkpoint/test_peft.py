@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megatron.__main__ import main
 from megatron.checkpoint.adapted import open_adapter
 from megatron.checkpoint.convert import convert
-from megatron.checkpoint.source import open_source
+from megatron.checkpoint.source import open_source, what_makes_it_a_model
 from megatron.utils.errors import CheckpointError
 from tests.model.oracle import our_logits, ours, random_gpt2, random_llama, random_tokens
 from tests.model.zoo import tiny
@@ -162,6 +162,14 @@ def test_adapters_of_another_model_are_refused(made: Path, adapter: Path, change
     assert not (adapter.parent / "merged").exists()
 
 
+def test_a_factor_that_is_there_twice_is_refused(adapter: Path) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    other = f"{FIRST}.lora_A.weight".removeprefix("base_model.model.")
+    save_file({**tensors, other: torch.zeros(4, 32)}, adapter / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"holds .*q_proj\.lora_A\.weight twice"):
+        open_adapter(adapter)
+
+
 def test_a_head_that_is_the_embedding_has_no_adapter(tmp_path: Path) -> None:
     """What a file keeps as its copy is not read: the adapter would be lost."""
     save_peft(random_llama(), tmp_path, target_modules=["lm_head"])
@@ -212,6 +220,17 @@ def test_adapters_on_adapters(made: Path, adapter: Path) -> None:
     (adapter / CONFIG).write_text(json.dumps({**stated, "base_model_name_or_path": str(upper)}))
     with pytest.raises(CheckpointError, match="say that they are for themselves"):
         open_source(upper)
+
+
+def test_adapters_beside_a_model_are_left_alone_with_a_notice(
+    made: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert what_makes_it_a_model(adapter) == CONFIG, "no place for checkpoints"
+    shutil.copytree(made / "base", adapter, dirs_exist_ok=True)
+    assert main(["diff", str(adapter), str(made / "base")]) == 0
+    assert "holds adapters beside a model: they are left alone" in capsys.readouterr().err
+    assert main(["convert", str(made / "base"), str(adapter.parent / "merged"), "--adapter", str(adapter)]) == 0
+    assert main(["diff", str(adapter.parent / "merged"), str(made / "adapter")]) == 0
 
 
 def test_old_folders_hold_a_pickle(made: Path, adapter: Path) -> None:

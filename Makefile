@@ -6,7 +6,7 @@
 #   make lint         ruff, mypy, import-linter, generated pages up to date
 #   make bench        benchmarks
 #   make docs         write the generated pages
-#   make thorough     equivalence of all grids, each with both kinds of kernels and communicators; more damage and variations (nightly)
+#   make thorough     the test suite with every case of which make test takes a part, as grids and variations of models (nightly)
 #   make sanitize     find data races between the threads of CUDA kernels, on the host (nightly)
 #   make gpu-check    on a machine with a GPU: try everything that this project could not, write a report to send
 #   make cuda-check   without a GPU: build and load the CUDA kernels in .venv-cuda/ (5.5 GB), run the model on fakes
@@ -57,7 +57,7 @@ bench: venv
 	@for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
 
 thorough: venv
-	THOROUGH=1 $(BIN)/python -m pytest tests/dist tests/tokenizer/test_joins.py tests/checkpoint/test_damage.py tests/checkpoint/test_export.py
+	THOROUGH=1 $(BIN)/python -m pytest
 
 sanitize: venv
 	$(BIN)/python -m tests.cuda_host.races

@@ -1,7 +1,8 @@
 """Conversion against `cp` and fsync of the same files: seconds, ratio, and memory over the interpreter with imports.
 
 Generates a bf16 checkpoint with the widths of Llama-7B and as many layers as `--gigabytes` asks for (at least 1), then
-times `cp` and every conversion in turns, `--rounds` times, each in a process of its own, and prints the best of each.
+times `cp` and every conversion in turns, `--rounds` times, each in a process of its own, and prints the best of each. A
+ratio is against the `cp` right before it, since the speed of memory and disk changes by the minute: the median counts.
 The files are in the page cache in all of them; everything written is flushed to the disk in all of them.
 
     python benchmarks/convert.py --gigabytes 4 --folder /data/tmp
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -59,6 +61,7 @@ class Case:
     options: dict[str, object]
     seconds: list[float] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
+    copies: list[float] = field(default_factory=list)  # seconds of `cp` right before each
 
 
 CASES = [
@@ -145,6 +148,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for _ in range(arguments.rounds):
             for case in chosen:
                 copies.append(copy(model, root / "copy"))
+                case.copies.append(copies[-1])
                 shutil.rmtree(root / "copy")
                 source = model if case.source is None else root / case.source.replace(" ", "_")
                 measure(case, source, root / "out")
@@ -155,8 +159,9 @@ def main(words: Sequence[str] | None = None) -> None:
         )
         for case in chosen:
             seconds = min(case.seconds)
+            ratio = statistics.median(own / cp for own, cp in zip(case.seconds, case.copies, strict=True))
             memory = max(case.memory_bytes) / 1e6
-            print(f"{case.name:<36}{seconds:7.2f} s   {seconds / best:5.2f} x cp   {memory:5.0f} MB")
+            print(f"{case.name:<36}{seconds:7.2f} s   {ratio:5.2f} x cp   {memory:5.0f} MB")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ are those of real runs is for test_against_real_runs.py.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -209,7 +210,8 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+# Every second one in `make test`, for its time.
+@pytest.mark.parametrize("layout", LAYOUTS[:: 1 if os.environ.get("THOROUGH") else 2], ids=lambda layout: layout.name)
 def test_volumes_equal_the_formulas(layout: Layout) -> None:
     for stage in range(layout.p):
         assert sent(layout.record(stage)) == pytest.approx(expected(layout, stage), rel=1e-12, abs=0), f"stage {stage}"

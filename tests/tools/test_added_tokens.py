@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,8 @@ from megatron.checkpoint.megatron_llm import find_megatron
 from megatron.checkpoint.source import open_source
 from megatron.parallel.layout import Region
 from tools import checkpoint_util, finetune, hf_to_megatron, megatron_to_hf, preprocess_instruct_data, sft
-from tools.megatron_llm_flags import run_tool
+
+from .conftest import Tool
 
 ROOT = Path(__file__).resolve().parents[2]
 STORIES = ROOT.parent / "shared/data/stories260K-untied"
@@ -24,29 +23,6 @@ pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="needs the real dat
 SIZE = 512 + 5 + 2  # its own pieces, <CLS> <SEP> <EOD> <MASK> <PAD>, and the two of the chat form
 TAGS = '--vocab_extra_ids_list "<|im_start|>,<|im_end|>"'
 SENTENCEPIECE = f"--tokenizer_type=SentencePieceTokenizer --vocab_file={STORIES}/tokenizer.model"
-Tool = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Tool:
-    """Runs a command line of one of the tools in this process; what it writes. `code` is the right exit code."""
-
-    def run(module: object, line: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *shlex.split(line)])
-        found = run_tool(module.words_of_verb, getattr(module, "finish", None))
-        captured = capfd.readouterr()
-        assert found == code, captured.err
-        return captured.out + captured.err
-
-    return run
 
 
 def read_head(folder: Path) -> torch.Tensor:

@@ -6,47 +6,22 @@ import json
 import os
 import shlex
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron.__main__ import main
 from megatron.checkpoint.manager import whole_checkpoints
 from megatron.utils.errors import ConfigError
 from megatron.verify import logits
 from tools import checkpoint_util, finetune, hf_to_megatron, megatron_to_hf, sft, verify_correctness
-from tools.megatron_llm_flags import run_tool
+
+from .conftest import Tool
 
 ROOT = Path(__file__).resolve().parents[2]
 STORIES = ROOT.parent / "shared/data/stories260K-untied"
 pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="needs the real data in ../shared, which is not there")
 TEXT = "Once upon a time there was a little girl. She liked to play with her dog in the park every day. " * 4
-Tool = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Tool:
-    """Runs a command line of one of the tools in this process; what it writes. `code` is the right exit code."""
-
-    def run(module: object, line: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *shlex.split(line)])
-        found = run_tool(module.words_of_verb, getattr(module, "finish", None))
-        captured = capfd.readouterr()
-        assert found == code, captured.err
-        return captured.out + captured.err
-
-    return run
 
 
 def same(first: Path, second: Path) -> bool:

@@ -163,8 +163,9 @@ def build_trainer(config: RunConfig, world: World) -> Iterator[Trainer]:
             world.launch.world_size,
         )
         metrics = Metrics(speed, progress)
-        validate = world.agree(lambda: _validation(config, plan, origin, step.model, tokenizer, world))
-        test = world.agree(lambda: _test(config, plan, origin, step.model, tokenizer, world))
+        validated, tested = (None if config.evaluate.interval is None else config), test_config(config)
+        validate = world.agree(lambda: _evaluation(validated, plan, origin, step.model, tokenizer, world))
+        test = world.agree(lambda: _evaluation(tested, plan, origin, step.model, tokenizer, world))
         stop_file = Path(config.log.dir) / STOP_FILE if config.log.dir and world.launch.rank == 0 else None
         wish = stack.enter_context(StopWish(stop_file, config.train.exit_interval, config.train.exit_minutes))
         if progress.step < config.train.steps:
@@ -311,40 +312,17 @@ def open_loader(
     )
 
 
-def _validation(
-    config: RunConfig,
-    plan: Plan,
-    origin: Origin,
-    model: Transformer | ChunkedTransformer,
-    tokenizer: Path | None,
-    world: World,
-) -> Callable[[], Evaluation] | None:
-    """A function that evaluates the fixed validation sets; None where none are asked for."""
-    return None if config.evaluate.interval is None else _evaluation(config, plan, origin, model, tokenizer, world)
-
-
-def _test(
-    config: RunConfig,
-    plan: Plan,
-    origin: Origin,
-    model: Transformer | ChunkedTransformer,
-    tokenizer: Path | None,
-    world: World,
-) -> Callable[[], Evaluation] | None:
-    """A function that evaluates the test data; None where there are none."""
-    tested = test_config(config)
-    return None if tested is None else _evaluation(tested, plan, origin, model, tokenizer, world)
-
-
 def _evaluation(
-    config: RunConfig,
+    config: RunConfig | None,
     plan: Plan,
     origin: Origin,
     model: Transformer | ChunkedTransformer,
     tokenizer: Path | None,
     world: World,
 ) -> Callable[[], Evaluation] | None:
-    """A function that evaluates data.validation; None where there is none."""
+    """A function that evaluates data.validation; None where there is none, or no configuration."""
+    if config is None:
+        return None
     datasets = validation_sets(
         config,
         sequence_length=plan.sequence_length,

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from megatron.utils import files
 from megatron.utils.errors import ConfigError
@@ -83,3 +84,10 @@ def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(b"abc" * 100_000)
     assert files.sha256_file(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_checksum_is_xxh3_of_the_content_whatever_its_length(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    for content in (b"", b"abc" * 3_000_001):  # more than two of the blocks that are read
+        path.write_bytes(content)
+        assert files.checksum_file(path) == xxhash.xxh3_128_hexdigest(content)
